@@ -8,6 +8,7 @@
     python benchmarks/lab.py --bench shapes --out runs/lab-shapes    # who looks at the picture: lab-shapes.md
     python benchmarks/lab.py --bench beyond --out runs/lab-beyond    # newer methods, composed teachers: lab-beyond.md
     python benchmarks/lab.py --bench glyphs --out runs/lab-glyphs    # flows, taught by two experts: lab-glyphs.md
+    python benchmarks/lab.py --bench plane --out runs/lab-plane      # the same of points in the plane: lab-plane.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
 
@@ -31,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lab_agents_page
 import lab_beyond_page
-import lab_glyphs_page
+import lab_flows_page
 import lab_itself_page
 import lab_judges_page
 import lab_shapes_page
@@ -47,10 +48,10 @@ from lab_benches import (
     ITSELF,
     JUDGES,
     PAIRED,
+    PLANE,
     SHAPES,
     WRITTEN,
     Bench,
-    Entry,
 )
 from lab_itself_page import rewards_of
 from lab_page import page, plots
@@ -72,7 +73,8 @@ def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int, judge: str = 
             folder = out / bench.folder / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
             given = {"name": entry.method, **_samples(entry.method, bench.samples), **entry.settings}
             # The teacher is the same in all runs, and evaluated in one.
-            judged = {**bench.base["eval"], "teacher": seed == 0 and name in (entry.method, "opd") and _control(entry)}
+            control = name == bench.control if bench.control else entry.method == "opd"
+            judged = {**bench.base["eval"], "teacher": seed == 0 and control}
             settings = {**bench.base, **entry.run, "eval": judged, "method": given, "seed": seed}
             if registry.load(entry.method).grading is not None:
                 settings["judge"] = {"model": judge}
@@ -80,10 +82,6 @@ def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int, judge: str = 
             settings |= {"teacher": paths.pop("teacher")} if "teacher" in paths else {}
             settings |= {"models": {own: {"path": path} for own, path in paths.items()}} if paths else {}
             yield Job(bench.name, name, seed, folder, settings)
-
-
-def _control(entry: Entry) -> bool:
-    return entry.method in ("opd", "flow_opd")
 
 
 def _samples(method: str, samples: int) -> dict[str, int]:
@@ -194,12 +192,13 @@ def main() -> None:
         text = lab_shapes_page.page(rows, about(shown), wanted)
     elif shown is BEYOND:
         text = lab_beyond_page.page(rows, about(shown), wanted)
-    elif shown is GLYPHS:
-        text = lab_glyphs_page.page(rows, about(shown), wanted)
+    elif shown in (GLYPHS, PLANE):
+        task = lab_flows_page.GLYPHS if shown is GLYPHS else lab_flows_page.PLANE
+        text = lab_flows_page.page(task, rows, about(shown), wanted)
     else:
         text = page(rows, about(shown), wanted)
     path.write_text(text, encoding="utf-8")
-    if shown in (WRITTEN, GLYPHS):
+    if shown in (WRITTEN, GLYPHS, PLANE):
         print(f"{path}, from {len(rows)} of {len(own)} runs")
         raise SystemExit(1 if failed else 0)
     if shown is AGENTS:

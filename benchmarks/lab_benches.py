@@ -45,6 +45,7 @@ class Bench:
         samples: Rollouts per prompt, of every method that lets one choose.
         entries: Who takes part, by name; controls first.
         judge: What `retort serve` serves for those of its runs that ask a judge; empty if none does.
+        control: The row in whose first run the teacher is evaluated; empty for all of `opd`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Bench:
     entries: Callable[[], Mapping[str, Entry]]
     folder: str = ""
     judge: str = ""
+    control: str = ""
 
 
 def needs_more(method: str) -> bool:
@@ -435,6 +437,8 @@ _ALONE: Mapping[str, Any] = {"flow": {"start": "student"}}
 #: GRPO on the rewards of both domains, without a term of the teacher; as many pictures, in groups of eight.
 _GRPO: Mapping[str, Any] = {"coef": 0.0, "samples": 8, "clip_low": None, "clip_high": None}
 _FEW: Mapping[str, Any] = {"rollout": {"prompts": 4}}
+#: At the learning rate of the others, a policy gradient over latents of 1,728 elements diverges within six batches.
+_SLOW: Mapping[str, Any] = {"optimizer": {"learning_rate": 2e-5, "updates": 2}}
 _DENOISERS: Mapping[str, Entry] = {
     "flow_opd": Entry("flow_opd", {}, "2 pictures a prompt, not 24; it begins with the mean of the experts"),
     "flow_opd, from the student": Entry("flow_opd", {}, "the same without that beginning", run=_ALONE),
@@ -445,11 +449,50 @@ _DENOISERS: Mapping[str, Entry] = {
         run={**_ALONE, "cold_start": {"steps": 20}},
     ),
     "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
+    "flow_opd, sampled, 2e-5": Entry(
+        "flow_opd", {"gradient": "sampled_log_ratio"}, "the same at a fiftieth of the learning rate", run=_SLOW
+    ),
     "GRPO-mix": Entry("sod", _GRPO, "rewards alone, from the mean of the experts; `sod` without its teacher", run=_FEW),
-    "GRPO-mix, from the student": Entry("sod", _GRPO, "the same from the student", run={**_FEW, **_ALONE}),
+    "GRPO-mix, 2e-5": Entry("sod", _GRPO, "the same at a fiftieth of the learning rate", run={**_FEW, **_SLOW}),
+    "GRPO-mix, 2e-5, from the student": Entry("sod", _GRPO, "from the student", run={**_FEW, **_SLOW, **_ALONE}),
     "diffusion_opd": Entry("diffusion_opd", {}, "2 pictures a prompt, not 8; the experts by routing, too"),
 }
-GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS)
+GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS, control="flow_opd")
+#: Points in the plane: 40 batches of 192 points, as the task's recipe has them.
+_PLANE: Mapping[str, Any] = {
+    "data": "plane",
+    "steps": 40,
+    "rollout": {"prompts": 48},
+    "eval": {"problems": 96, "samples": 8, "every": 0},
+    "checkpoint": {"every": 0},
+    "record": {"rollouts": 1},
+}
+_EIGHT: Mapping[str, Any] = {"rollout": {"prompts": 24}}
+_SLOWER: Mapping[str, Any] = {"optimizer": {"learning_rate": 2e-4}}
+_IN_THE_PLANE: Mapping[str, Entry] = {
+    "flow_opd": Entry("flow_opd", {}, "4 points a prompt, not 24; it begins with the mean of the experts"),
+    "flow_opd, from the student": Entry("flow_opd", {}, "the same without that beginning", run=_ALONE),
+    "flow_opd, after samples": Entry(
+        "flow_opd",
+        {},
+        "10 of the 40 batches learn from the experts' samples",
+        run={**_ALONE, "cold_start": {"steps": 10}},
+    ),
+    "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
+    "flow_opd, detached": Entry(
+        "flow_opd", {"gradient": "paper_detached"}, "the form of the project page, which has no direction"
+    ),
+    "opd": Entry("opd", {}, "with its paper's clip and correction"),
+    "gkd": Entry(
+        "gkd",
+        {"divergence": "reverse_kl", "on_policy_fraction": 1.0, "temperature": 1.0},
+        "reverse KL on the student's trajectories alone",
+    ),
+    "GRPO-mix": Entry("sod", _GRPO, "rewards alone, from the mean of the experts: `sod` without teacher", run=_EIGHT),
+    "GRPO-mix, 2e-4": Entry("sod", _GRPO, "the same at a tenth of the learning rate", run={**_EIGHT, **_SLOWER}),
+    "GRPO-mix, 2e-4, from the student": Entry("sod", _GRPO, "from the student", run={**_EIGHT, **_SLOWER, **_ALONE}),
+}
+PLANE = Bench("lab-plane", _PLANE, 4, lambda: _IN_THE_PLANE, control="flow_opd")
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
@@ -460,4 +503,5 @@ BENCHES: Mapping[str, Bench] = {
     "shapes": SHAPES,
     "beyond": BEYOND,
     "glyphs": GLYPHS,
+    "plane": PLANE,
 }

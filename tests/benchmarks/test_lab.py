@@ -100,6 +100,46 @@ def _looked(method: str, seed: int, right: float, changed: float) -> dict[str, A
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("bench", "pictures"), [("glyphs", 32), ("plane", 192)])
+def test_benches_of_flows_sample_as_much_for_everybody(
+    lab: ModuleType, tmp_path: Path, bench: str, pictures: int
+) -> None:
+    jobs = list(lab.jobs(lab.BENCHES[bench], tmp_path, (), 2))
+    assert len({job.folder for job in jobs}) == len(jobs)
+    for job in jobs:
+        config.resolve(config.recipe(bench), job.settings)
+        assert job.settings["rollout"]["prompts"] * job.settings["method"]["samples"] == pictures, job.method
+    assert [job.method for job in jobs if job.settings["eval"]["teacher"]] == ["flow_opd"], "it is evaluated once"
+
+
+def test_the_page_of_a_bench_of_flows(lab: ModuleType) -> None:
+    about = lab.about(lab.BENCHES["glyphs"])
+    rows = [_denoised("flow_opd", seed, 0.8, 0.6) for seed in range(3)]
+    rows += [_denoised("GRPO-mix", seed, 0.7 + 0.01 * seed, 0.5) for seed in range(3)]
+    pages = sys.modules["lab_flows_page"]
+    text = pages.page(pages.GLYPHS, rows, about, [*about])
+    assert "| the mean of the experts | 40.0 | 10.0 | 10.0 | 30.0 |" in text
+    assert "| expert `glyph` | 90.0 | 10.0 | 10.0 | 20.0 |" in text
+    assert "| `flow_opd` | partial | 3 | 70.0 | 35.0 | 80.0 | 60.0 | 0.500 | 9 | 20 |" in text
+    assert "| GRPO-mix | 3 | −9.5 [−10.7, −8.3] | −9.0 [−11.5, −6.5] | −10.0" in text
+
+
+def _denoised(method: str, seed: int, glyph: float, color: float) -> dict[str, Any]:
+    def cells(right: float, other: float) -> dict[str, Any]:
+        wrong = {"value": 0.1}
+        found = {"glyph": {"glyph": {"value": right}, "color": wrong}}
+        return found | {"color": {"glyph": wrong, "color": {"value": other}}}
+
+    after = {"avg@4": (glyph + color) / 2, "reverse_kl": 0.5}
+    domains = {"student before": cells(0.4, 0.3), "student after": cells(glyph, color)}
+    teachers = {"teacher glyph": {}} if method == "flow_opd" and not seed else {}
+    domains |= {who: cells(0.9, 0.2) for who in teachers}
+    return {
+        "method": method, "seed": seed, "before": {"avg@4": 0.35}, "after": after, "teachers": teachers,
+        "by_domain": domains, "curve": [{"step": 60}], "tokens": 9000, "seconds": 20.0,
+    }  # fmt: skip
+
+
 def test_self_taught_methods_get_a_bigger_teacher_only_where_they_ask_for_one(lab: ModuleType, tmp_path: Path) -> None:
     for job in lab.jobs(lab.BENCHES["itself"], tmp_path, (), 1):
         settings = {name: value for name, value in job.settings["method"].items() if name != "name"}
