@@ -196,9 +196,15 @@ class CallerObjects:
             write_bytes(folder / ROWS[setting][1], rows.content)
 
 
-def going_on(config: Config, folder: Path) -> str:
-    """The command that resumes a run, or the Python call where the run was given objects."""
-    again = [_again(name) for name, path in config.model_paths.items() if path == in_memory(name)]
+def going_on(config: Config, folder: Path, example: str = "(model, tokenizer)") -> str:
+    """The command that resumes a run, or the Python call where the run was given objects.
+
+    Args:
+        config: The settings of the run.
+        folder: Its folder.
+        example: What a model is given as.
+    """
+    again = [_again(name, example) for name, path in config.model_paths.items() if path == in_memory(name)]
     again += ["method=..."] if config.own_method else []
     again += ["verifier=..."] if str(config.task or "").startswith(IN_MEMORY) else []
     if not again:
@@ -261,9 +267,8 @@ def in_memory(name: str) -> str:
     return f"{IN_MEMORY}{name}"
 
 
-def _again(name: str) -> str:
+def _again(name: str, example: str = "(model, tokenizer)") -> str:
     """The argument that gives a model again."""
-    example = "(model, tokenizer)"
     return f"{name}={example}" if name in SHORTHANDS else f"models={{{name!r}: {example}}}"
 
 
