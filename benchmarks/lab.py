@@ -6,6 +6,7 @@
     python benchmarks/lab.py --bench judges --out runs/lab-judges    # a judge instead of log-probs: lab-judges.md
     python benchmarks/lab.py --bench written --out runs/lab-itself   # teachers that write first: lab-written.md
     python benchmarks/lab.py --bench shapes --out runs/lab-shapes    # who looks at the picture: lab-shapes.md
+    python benchmarks/lab.py --bench glyphs --out runs/lab-glyphs    # flows, taught by two experts: lab-glyphs.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
 
@@ -28,12 +29,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lab_agents_page
+import lab_glyphs_page
 import lab_itself_page
 import lab_judges_page
 import lab_shapes_page
 import lab_written_page
 import servers
-from lab_benches import AGENTS, BENCHES, FASTER, ITSELF, JUDGES, PAIRED, SHAPES, WRITTEN, Bench
+from lab_benches import AGENTS, BENCHES, FASTER, GLYPHS, ITSELF, JUDGES, PAIRED, SHAPES, WRITTEN, Bench, Entry
 from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
@@ -49,11 +51,16 @@ def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int, judge: str = 
                 continue
             folder = out / bench.folder / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
             given = {"name": entry.method, **_samples(entry.method, bench.samples), **entry.settings}
-            judged = {**bench.base["eval"], "teacher": seed == 0 and entry.method == "opd"}
+            # The teacher is the same in all runs, and evaluated in one.
+            judged = {**bench.base["eval"], "teacher": seed == 0 and name in (entry.method, "opd") and _control(entry)}
             settings = {**bench.base, **entry.run, "eval": judged, "method": given, "seed": seed}
             if registry.load(entry.method).grading is not None:
                 settings["judge"] = {"model": judge}
             yield Job(bench.name, name, seed, folder, settings)
+
+
+def _control(entry: Entry) -> bool:
+    return entry.method in ("opd", "flow_opd")
 
 
 def _samples(method: str, samples: int) -> dict[str, int]:
@@ -71,7 +78,7 @@ def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
         cells = {row["who"]: _values(row) for row in table["rows"]}
         tokens, curve = 0, [{"step": 0, "tokens": 0, **cells["student before"]}]
         for line in lines:
-            tokens += int(line["tokens"])
+            tokens += int(line.get("tokens", line.get("denoising_steps", 0)))
             judged = {key.removeprefix("eval/"): value for key, value in line.items() if key.startswith("eval/")}
             if judged and line is not lines[-1]:
                 curve.append({"step": int(line["step"]), "tokens": tokens, **judged})
@@ -83,6 +90,8 @@ def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
                 "before": cells["student before"],
                 "after": cells["student after"],
                 "teacher": cells.get("teacher"),
+                "teachers": {who: own for who, own in cells.items() if who.startswith("teacher ")},
+                "by_domain": table.get("by_domain", {}),
                 "pass_at": table["pass_at"],
                 "profile": table["profile"],
                 "curve": curve,
@@ -157,10 +166,12 @@ def main() -> None:
         text = lab_written_page.page(rows, about(shown), wanted)
     elif shown is SHAPES:
         text = lab_shapes_page.page(rows, about(shown), wanted)
+    elif shown is GLYPHS:
+        text = lab_glyphs_page.page(rows, about(shown), wanted)
     else:
         text = page(rows, about(shown), wanted)
     path.write_text(text, encoding="utf-8")
-    if shown is WRITTEN:
+    if shown in (WRITTEN, GLYPHS):
         print(f"{path}, from {len(rows)} of {len(own)} runs")
         raise SystemExit(1 if failed else 0)
     if shown is AGENTS:

@@ -366,17 +366,36 @@ _LOOKERS: Mapping[str, Entry] = {
     ),
 }
 SHAPES = Bench("lab-shapes", _SHAPES, 4, lambda: _LOOKERS)
-#: Small images of characters, whose experts each know one reward. All that is not said here is as the task's recipe.
-GLYPHS = Bench(
-    "lab-glyphs",
-    {"data": "glyphs", "eval": {}},
-    16,
-    lambda: {
-        "flow_opd": Entry("flow_opd", {}, "16 images a prompt, not 24"),
-        "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
-        "diffusion_opd": Entry("diffusion_opd", {}, "16 images a prompt, not 8; the experts by routing, too"),
-    },
-)
+#: Small pictures of characters, whose experts each know one reward: 60 batches of 32 pictures. What is not said here is
+#: as the task's recipe has it.
+_GLYPHS: Mapping[str, Any] = {
+    "data": "glyphs",
+    "steps": 60,
+    "rollout": {"prompts": 16},
+    "optimizer": {"learning_rate": 1e-3, "updates": 2},
+    "eval": {"problems": 96, "samples": 4, "every": 0},
+    "checkpoint": {"every": 0},
+    "record": {"rollouts": 1},
+}
+_ALONE: Mapping[str, Any] = {"flow": {"start": "student"}}
+#: GRPO on the rewards of both domains, without a term of the teacher; as many pictures, in groups of eight.
+_GRPO: Mapping[str, Any] = {"coef": 0.0, "samples": 8, "clip_low": None, "clip_high": None}
+_FEW: Mapping[str, Any] = {"rollout": {"prompts": 4}}
+_DENOISERS: Mapping[str, Entry] = {
+    "flow_opd": Entry("flow_opd", {}, "2 pictures a prompt, not 24; it begins with the mean of the experts"),
+    "flow_opd, from the student": Entry("flow_opd", {}, "the same without that beginning", run=_ALONE),
+    "flow_opd, after samples": Entry(
+        "flow_opd",
+        {},
+        "20 of the 60 batches learn from the experts' samples",
+        run={**_ALONE, "cold_start": {"steps": 20}},
+    ),
+    "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
+    "GRPO-mix": Entry("sod", _GRPO, "rewards alone, from the mean of the experts; `sod` without its teacher", run=_FEW),
+    "GRPO-mix, from the student": Entry("sod", _GRPO, "the same from the student", run={**_FEW, **_ALONE}),
+    "diffusion_opd": Entry("diffusion_opd", {}, "2 pictures a prompt, not 8; the experts by routing, too"),
+}
+GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS)
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,

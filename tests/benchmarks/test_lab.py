@@ -33,7 +33,8 @@ def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(l
     denoising = {entry.method for entry in lab.BENCHES["glyphs"].entries().values()}
     everybody = taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking | denoising
     assert everybody == set(registry.names())
-    assert denoising == set(registry.names()) - set(registry.for_tokens())
+    assert denoising - set(registry.for_tokens()) == set(registry.names()) - set(registry.for_tokens())
+    assert denoising & set(registry.for_tokens()) == {"sod"}, "its term of rewards alone is GRPO"
     assert looking - taking_part["lab"] == {"va_opd"}
     assert several == {"mad_opd", "mt_opd", "opad"}
     assert several.isdisjoint(taking_part["lab"] | taking_part["lab-itself"])
