@@ -47,9 +47,9 @@ def evaluate_flow(config: Config, model: str, prompts: list[Prompt], teacher: st
         grader.check(prompts)
     own = _opened(config, model, "model")
     other = None if teacher is None else _opened(config, teacher, "teacher")
-    check_prompts({"model": own} if other is None else {"model": own, "teacher": other}, prompts)
     if other is not None:
         refuse_other_flow(own, other)
+    check_prompts({"model": own} if other is None else {"model": own, "teacher": other}, prompts)
     evaluator = FlowEvaluator(
         prompts,
         grader,
