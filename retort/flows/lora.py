@@ -199,7 +199,8 @@ def read_settings(label: str, folder: Path) -> dict[str, Any]:
 def _scaling(label: str, settings: Mapping[str, Any], rank: int) -> float:
     alpha = settings.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _MOST_ALPHA:
-        raise UserError(f"{label}: {CONFIG}: lora_alpha is {quoted(alpha, 60)}; it must be a number, at most {_MOST_ALPHA:g}")
+        most = f"it must be a number, at most {_MOST_ALPHA:g}"
+        raise UserError(f"{label}: {CONFIG}: lora_alpha is {quoted(alpha, 60)}; {most}")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") is True else rank)
 
 

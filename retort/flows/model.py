@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ class FlowModel:
         Raises:
             UserError: They are none, or do not fall from at most 1 to 0.
         """
-        found: object = self.of.sigmas(steps)
+        found: Any = self.of.sigmas(steps)  # a caller's own, whatever its types say
         if not isinstance(found, Tensor) or found.shape != (steps + 1,) or not found.is_floating_point():
             raise UserError(
                 f"{self.name}: its sigmas({steps}) must be a tensor of {steps + 1} floats, not {_shown(found)}"
@@ -131,7 +132,7 @@ class FlowModel:
 
     def _asked(self, latents: Tensor, sigmas_N: Tensor, condition: Condition) -> Tensor:
         """The model's own velocity, in the dtype of the latents."""
-        found: object = self.of.velocity(latents, sigmas_N, condition)
+        found: Any = self.of.velocity(latents, sigmas_N, condition)
         if not isinstance(found, Tensor) or found.shape != latents.shape or not found.is_floating_point():
             raise UserError(
                 f"{self.name}: its velocity must be a tensor of floats {tuple(latents.shape)}, as the latents are, not "
@@ -156,7 +157,7 @@ class FlowModel:
 
     def _read(self, texts: Sequence[str]) -> Condition:
         """The model's own condition of some prompts."""
-        found: object = self.of.condition(texts)
+        found: Any = self.of.condition(texts)
         tensors = list(found.tensors.values()) if isinstance(found, Condition) else []
         if not isinstance(found, Condition) or not tensors or any(own.shape[:1] != (len(texts),) for own in tensors):
             raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,7 +175,7 @@ def decoded(model: FlowModel, latents: Tensor, *, batch: int) -> Tensor:
     parts = [latents[start : start + batch].to(model.device) for start in range(0, len(latents), batch)]
     found: list[Tensor] = []
     for own in parts:
-        made: object = model.of.decoded(own)
+        made: Any = model.of.decoded(own)  # a caller's own, whatever its types say
         if not isinstance(made, Tensor) or made.shape[:1] != own.shape[:1]:
             what = tuple(made.shape) if isinstance(made, Tensor) else f"a {type(made).__name__}"
             raise UserError(

@@ -25,7 +25,7 @@ class Own:
 
     def __init__(self, **methods: Any) -> None:
         self.module: nn.Module = nn.Linear(2, 2)
-        self.latent_shape = (2,)
+        self.latent_shape: tuple[int, ...] = (2,)
         self.identity = {"architecture": "own", "schedule": "own"}
         for name, method in methods.items():
             setattr(self, name, method)

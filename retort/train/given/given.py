@@ -247,6 +247,8 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
             found[name] = in_memory(model)
             if isinstance(thing, VelocityModel):
                 flows[in_memory(model)] = thing
+            elif hasattr(thing, "velocity"):
+                raise UserError(f"{model}: a {type(thing).__name__} is no velocity model: it has no {_lacking(thing)}")
             else:
                 models[in_memory(model)] = InMemoryModel.from_pair(model, thing)
         else:
@@ -260,6 +262,12 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     elif grade is not None:
         found["task"] = name_of(grade)
     return found, CallerObjects(models, rows, None if isinstance(grade, str) else grade, flows)
+
+
+def _lacking(thing: object) -> str:
+    """What an object lacks to be a velocity model."""
+    wanted = ("module", "latent_shape", "identity", "condition", "velocity", "sigmas", "decoded", "save")
+    return ", ".join(name for name in wanted if not hasattr(thing, name))
 
 
 def in_memory(name: str) -> str:

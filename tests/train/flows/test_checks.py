@@ -97,6 +97,16 @@ def test_a_student_must_have_something_that_learns(tmp_path: Path) -> None:
         distilled(half, tmp_path)
 
 
+def test_what_a_velocity_model_lacks_is_named(tmp_path: Path) -> None:
+    class Half:
+        module, latent_shape, identity = None, (2,), {}
+
+        def velocity(self) -> None: ...
+
+    with pytest.raises(UserError, match="a Half is no velocity model: it has no condition, sigmas, decoded, save$"):
+        distilled(Half(), tmp_path)
+
+
 def test_a_velocity_without_gradient_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its velocity has no gradient"):
         distilled(Detached(0), tmp_path)
