@@ -38,6 +38,8 @@ PROJECTIONS = (
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 #: The file and the prefix by which `load_lora_weights` of diffusers finds an adapter.
 DIFFUSERS_WEIGHTS, _TRANSFORMER = "pytorch_lora_weights.safetensors", "transformer."
+#: Largest `lora_alpha` that is read; an integer of JSON may have any number of digits.
+_MOST_ALPHA = 1e6
 _DOWN, _UP, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 #: Settings of an adapter's folder under which it is more than two factors per layer, or over other weights.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -196,8 +198,9 @@ def read_settings(label: str, folder: Path) -> dict[str, Any]:
 
 def _scaling(label: str, settings: Mapping[str, Any], rank: int) -> float:
     alpha = settings.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise UserError(f"{label}: {CONFIG}: lora_alpha is {quoted(alpha, 60)}; it must be a number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _MOST_ALPHA:
+        most = f"it must be a number, at most {_MOST_ALPHA:g}"
+        raise UserError(f"{label}: {CONFIG}: lora_alpha is {quoted(alpha, 60)}; {most}")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") is True else rank)
 
 

@@ -84,7 +84,7 @@ class Run:
         self._claim = Claim(self.folder) if self.world.leads else NoClaim(self.folder)
         self.observer = self.observer if self.world.leads else Silent()
         self._identity = self.output.identity()
-        self._go_on = going_on(self.prepared.config, self.folder)
+        self._go_on = going_on(self.prepared.config, self.folder, self.output.example)
         self.prepared.spread(lambda text: self.observer.note(text))
 
     @property

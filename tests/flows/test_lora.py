@@ -116,6 +116,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "kind": (settings(peft_type="IA3"), "peft_type is 'IA3'"),
     "start": (settings(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     "alpha": (settings(lora_alpha="8"), "lora_alpha is '8'; it must be a number"),
+    "digits": (settings(lora_alpha=10**400), "it must be a number, at most 1e.06"),
     "pickled": (pickled, "adapter_model.bin is pickled, and unpickling can run code"),
     "no settings": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds a list"),
     "no tensors": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "cannot be read"),

@@ -28,6 +28,7 @@ from retort.rewards.samples import SampleGrader
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.flow import FlowTeacher, refuse_other_flow, refuse_other_prompts
 from retort.train.events import tracking
+from retort.train.flows.checks import check_learns, check_prompts
 from retort.train.flows.cold_start import Examples, maker, with_examples
 from retort.train.flows.passes import FlowPasses, flow_rounds
 from retort.train.flows.settings import own_settings
@@ -174,6 +175,8 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
                 "use combine = route"
             )
         teachers["teacher"] = several(config.teachers, teachers, [*train, *held_out], grader)  # pyright: ignore
+    check_learns(own)
+    check_prompts(models, [*train, *held_out], teachers.get("teacher"))
     return FlowPrepared(
         config=config,
         method=method,
@@ -278,7 +281,7 @@ def _models(config: Config, paths: Mapping[str, str], caller_objects: CallerObje
             else opened(name, path, student.of)
         )
         refuse_other_flow(student, model)
-        if not again and model.digest() == student.digest():
+        if not again and model.parameters and model.digest() == student.digest():
             raise UserError(f"{name} {path} holds the same weights as the student, so it would teach nothing")
         found[name] = model
     if config.lora.rank:

@@ -203,6 +203,11 @@ class Output(Protocol):
         ...
 
     @property
+    def example(self) -> str:
+        """What a model is given as, where a caller gives an object: `(model, tokenizer)`."""
+        ...
+
+    @property
     def prepared(self) -> Parts:
         """The parts of the run."""
         ...
