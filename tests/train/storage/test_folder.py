@@ -406,13 +406,17 @@ def test_a_table_that_cannot_be_shown_is_shown_after_the_model_is_written(
     assert order == ["model", "table"]
 
 
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+
+
+# Each is a process of its own, whose output the shell redirects as it starts: it cannot be forked.
 @pytest.mark.parametrize(
     ("shell", "env"),
     [
         ("RETORT | head -n 1", {}),
-        ("RETORT > /dev/full", {}),
-        ("RETORT >&-", {}),
-        ("nohup RETORT > OUT.log 2>/dev/full", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}),
+        pytest.param("RETORT > /dev/full", {}, marks=pytest.mark.slow),
+        pytest.param("RETORT >&-", {}, marks=pytest.mark.slow),
+        pytest.param("nohup RETORT > OUT.log 2>/dev/full", ASCII, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_when_nobody_can_read_it(
