@@ -18,6 +18,7 @@ ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYRIGHT = $(BIN)/pyright --pythonpath $(BIN)/python
 STAGE   = @printf '\n== %s\n'
 # What is checked: files that lie beside these are their owner's.
 CODE    = retort tests benchmarks examples docs/hooks.py
@@ -37,7 +38,12 @@ help:
 demo: core ## ARGS="--method opd --steps 20" goes to the command
 	$(BIN)/retort train $(ARGS)
 
-test: lint types layers tests
+# pyright takes one core for most of a minute, so it runs beside the tests, and what it found is said after them.
+test: lint layers
+	$(STAGE) 'pytest, and pyright beside it'
+	@types=$$(mktemp) && trap 'rm -f "$$types"' EXIT && { $(PYRIGHT) >"$$types" 2>&1 & } && pyright=$$! && \
+	  { $(PYTEST) $(ARGS); tests=$$?; } && { wait $$pyright; found=$$?; } && \
+	  printf '\n== pyright\n' && cat "$$types" && test $$tests -eq 0 -a $$found -eq 0
 
 quick: lint layers
 	$(STAGE) 'pytest, the quick part'
@@ -51,7 +57,7 @@ lint: dev
 
 types: dev
 	$(STAGE) 'pyright'
-	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(PYRIGHT)
 
 layers: dev
 	$(STAGE) 'import-linter'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -21,8 +22,14 @@ _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 
 def names() -> list[str]:
     """Names of all published methods, sorted."""
+    return list(_names())
+
+
+@functools.cache
+def _names() -> tuple[str, ...]:
+    """The same, read from the folder once."""
     found = pkgutil.iter_modules(retort.methods.__path__)
-    return sorted(module.name for module in found if not module.name.startswith("_"))
+    return tuple(sorted(module.name for module in found if not module.name.startswith("_")))
 
 
 def for_tokens() -> list[str]:
@@ -67,7 +74,7 @@ def builder(name: str) -> Callable[..., Method]:
     Raises:
         UserError: Unknown name, with the nearest one.
     """
-    if name not in names():
+    if name not in _names():
         raise UserError(f"unknown method '{name}'; {did_you_mean(name, names())}")
     return getattr(importlib.import_module(f"retort.methods.{name}"), name)
 
@@ -98,7 +105,7 @@ def spread(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: A setting is given twice, or a group has no such setting.
     """
-    return groups_of(builder(name)).spread(settings) if name in names() else dict(settings)
+    return groups_of(builder(name)).spread(settings) if name in _names() else dict(settings)
 
 
 def load(name: str, **settings: Any) -> Method:
@@ -107,19 +114,27 @@ def load(name: str, **settings: Any) -> Method:
     Raises:
         UserError: Unknown method or setting (with the nearest known one), or a value of the wrong type.
     """
-    from pydantic import ConfigDict, ValidationError, validate_call
+    from pydantic import ValidationError
 
-    build, settings = builder(name), spread(name, settings)
+    build, settings, known = builder(name), spread(name, settings), defaults(name)
     for key in settings:
-        if key not in defaults(name):
-            raise UserError(f"method '{name}' has no setting '{key}'; {did_you_mean(key, defaults(name))}")
+        if key not in known:
+            raise UserError(f"method '{name}' has no setting '{key}'; {did_you_mean(key, known)}")
     refuse_truth(build, settings)
     try:
-        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(build)(**settings)
+        return _validated(build)(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"method.{where}: {first['msg']} (it is {quoted(first['input'])})") from None
+
+
+@functools.cache
+def _validated(build: Callable[..., Method]) -> Callable[..., Method]:
+    """The function with its arguments checked against their types, which takes longer to make than to call."""
+    from pydantic import ConfigDict, validate_call
+
+    return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(build)
 
 
 def _listed(thing: object, section: str) -> dict[str, str]:

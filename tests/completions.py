@@ -1,7 +1,7 @@
 """A server of completions as a process of its own: it answers in the shapes of vLLM 0.32, as were seen there.
 
-`python completions.py FOLDER` serves the model in a folder, and prints its port. What it offers is in the address, so
-that one process is many servers: `/max=20,at=128/v1/completions`. The options:
+`serving` serves the model in a folder. What it offers is in the address, so that one process is many servers:
+`/max=20,at=128/v1/completions`. The options:
 
 * `max=K`: largest `prompt_logprobs` and `logprobs`; -1: all ids. `at=K`: most `logprob_token_ids`, 0: it ignores them.
 * `echo`: it ignores `prompt_logprobs`; `texts`: it ignores `return_tokens_as_token_ids`; `silent`: no `/tokenize`.
@@ -13,35 +13,38 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cached_property
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import forked
 
 
 class Server:
     """A server that is starting; its address is waited for when it is first read."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    def __init__(self, port: Connection) -> None:
+        self._port = port
 
     @cached_property
     def url(self) -> str:
-        assert self._process.stdout is not None
-        return f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+        return f"http://127.0.0.1:{int(self._port.recv())}"
 
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     """Such a server, for as long as the block lasts."""
-    command = [sys.executable, __file__, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    port, its_port = forked.server().Pipe(duplex=False)
+    process = forked.started(serve, folder, its_port)
+    its_port.close()  # so that a process that ends before it has one is noticed
+    with port:
         try:
-            yield Server(process)
+            yield Server(port)
         finally:
             process.kill()
+            process.join()
 
 
 class Refused(Exception):
@@ -161,17 +164,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"token_logprobs": [None, *(next(iter(own.values())) for own in top)], "top_logprobs": [None, *top]}
 
 
-def main() -> None:
+def serve(folder: Path, port: Connection) -> None:
+    """Serves the model of a folder until the process ends, and says at which port."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
-    Handler.model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-    Handler.tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+    Handler.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    Handler.tokenizer = AutoTokenizer.from_pretrained(folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    print(server.server_address[1], flush=True)
+    port.send(server.server_address[1])
     server.serve_forever()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +70,21 @@ def changed(tensor: torch.Tensor, fault: str) -> torch.Tensor:
 
 
 class Server(uvicorn.Server):
+    """A server that writes its port into a folder."""
+
+    def __init__(self, config: uvicorn.Config, folder: Path) -> None:
+        super().__init__(config)
+        self.folder = folder
+
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
-        (folder / "port.new").write_text(str(self.servers[0].sockets[0].getsockname()[1]))
-        (folder / "port.new").rename(folder / "port")
+        (self.folder / "port.new").write_text(str(self.servers[0].sockets[0].getsockname()[1]))
+        (self.folder / "port.new").rename(self.folder / "port")
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def serve(folder: Path, model: Path, port: int) -> None:
+    """Serves a model until the process ends."""
     torch.set_num_threads(1)
-    lm = load_model(sys.argv[2], role="teacher", precision="fp32", device=torch.device("cpu"))
+    lm = load_model(str(model), role="teacher", precision="fp32", device=torch.device("cpu"))
     app = Faults(application(Scorer(lm, name="tiny", most_tokens=4096)), folder / "faults")
-    Server(uvicorn.Config(app, port=int(sys.argv[3]), log_level="critical")).run()
+    Server(uvicorn.Config(app, port=port, log_level="critical"), folder).run()

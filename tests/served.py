@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import forked
+from misserving import serve
 
 from retort.models.load import load_model
 from retort.models.server import Server
@@ -67,11 +69,9 @@ class Process:
     def start(self, model: Path, port: int) -> None:
         """Starts it, again if need be, with a model."""
         (self.folder / "port").unlink(missing_ok=True)
-        command = [sys.executable, str(HERE / "misserving.py"), str(self.folder), str(model), str(port)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-        self.process = subprocess.Popen(command, env=environment)
+        self.process = forked.started(serve, self.folder, model, port)
         while not (self.folder / "port").exists():
-            assert self.process.poll() is None
+            assert self.process.exitcode is None
             time.sleep(0.02)
         self.port = int((self.folder / "port").read_text())
         self.url = f"http://127.0.0.1:{self.port}"
@@ -85,9 +85,8 @@ class Process:
         (self.folder / "faults").write_text(" ".join(faults))
 
     def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()
+        self.process.join()
 
 
 class Judge:

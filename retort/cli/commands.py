@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -106,6 +107,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see retort --help)")
 
 
+@functools.cache
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="retort", description=descriptions.RETORT)
     parser.add_argument("--version", action="version", version=f"retort {retort.__version__}")

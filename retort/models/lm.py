@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
 Precision = Literal["bf16", "fp32"]
 
 
@@ -62,13 +61,13 @@ class LanguageModel:
             None: any may.
         rereads_from: Length, tokens, beyond which the model computes all earlier tokens differently; None: never.
         tried: Lengths in its settings beyond which all of that was tried.
+        trials: What trials of generating with it have shown, by name and arithmetic, so that none is made twice.
         adapter: The adapter of a student that learns by one; it is inside the model, see `retort.models.adapter`.
         working: The weights in bf16 for computations without gradient; shared by all models that share the weights.
         sharding, offload: How the weights are spread over several ranks, and when they are here; shared likewise.
         notes: Notes for the user.
         rounded: How its weights were rounded, in words; empty where they were not.
-        image_tokens: How images are written into its prompts; None for a model of text alone.
-        vision: How it reads images; None for a model of text alone.
+        image_tokens, vision: How images are written into its prompts, and how it reads them; None for text alone.
     """
 
     here: ClassVar[bool] = True  # whether its weights are in this process
@@ -83,6 +82,7 @@ class LanguageModel:
     together_up_to: int | None = None
     rereads_from: int | None = None
     tried: list[int] = field(default_factory=lambda: [])
+    trials: dict[str, bool] = field(default_factory=lambda: {})
     adapter: Adapter | None = None
     working: WorkingCopy = field(default_factory=WorkingCopy)
     sharding: Sharding = field(default_factory=Sharding)

@@ -152,12 +152,18 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_text_is_wrong(text: str) -> None:
+@pytest.fixture(scope="module")
+def limited() -> Iterator[MathVerifier]:
     pytest.importorskip("math_verify", reason="needs the extra `math`")
-    with MathVerifier(LIMIT) as judge:
-        judge(prompt("3"), r"\boxed{\sqrt{5}}")  # starts the worker
-        assert judge(prompt("3"), text) == 0.0
+    with MathVerifier(LIMIT) as verifier:
+        yield verifier
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_text_is_wrong(limited: MathVerifier, text: str) -> None:
+    new = 5 + [*HOSTILE.values()].index(text)
+    limited(prompt("3"), rf"\boxed{{\sqrt{{{new}}}}}")  # starts the worker, if the text before has ended it
+    assert limited(prompt("3"), text) == 0.0
 
 
 def test_endless_work_is_given_up_and_judging_goes_on() -> None:

@@ -55,7 +55,10 @@ def test_the_loop_writes_what_generate_writes(
     engine = HFEngine(lm, vocab=58, max_parallel=8)
     ours = engine.generate(requests(lengths), Sampling(LONGEST, 1.2))
     monkeypatch.setattr("retort.rollout.engines.decode.can_decode", lambda lm: False)
-    theirs = HFEngine(lm, vocab=58, max_parallel=8).generate(requests(lengths), Sampling(LONGEST, 1.2))
+    lm.trials.clear()
+    usual = HFEngine(lm, vocab=58, max_parallel=8)
+    theirs = usual.generate(requests(lengths), Sampling(LONGEST, 1.2))
+    assert (engine.loops, usual.loops) == (True, False)
     for one, two in zip(ours, theirs, strict=True):
         assert one.ids == two.ids
         assert one.status == two.status

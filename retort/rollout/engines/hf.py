@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,10 +127,10 @@ class HFEngine:
         lm.model.eval()
         try:
             with torch.inference_mode(), lm.compute():
-                self.loops = can_decode(lm) if self.loops is None else self.loops
+                self.loops = self._tried("decode", can_decode) if self.loops is None else self.loops
                 talks = any(request.turn_cache is not None for request in requests)
                 if talks and self.continues is None:
-                    self.continues = self.loops and can_continue(lm)
+                    self.continues = self.loops and self._tried("continue", can_continue)
                 turns = self._conversations.turns(requests, kept) if talks and self.continues else None
                 own = ([request.context for request in requests], draw, self.vocab, longest)
                 ids_BA, logp_BA = decode(lm, *own, turns) if self.loops else _generate(lm, *own)
@@ -142,6 +142,13 @@ class HFEngine:
         if turns is not None:
             self._conversations.keep(turns, requests, found)
         return found
+
+    def _tried(self, name: str, trial: Callable[[LanguageModel], bool]) -> bool:
+        """What a trial shows of the model, which other engines may have tried before; its weights have no say in it."""
+        found, key = self.lm.trials, f"{name} {self.lm.arithmetic}"
+        if key not in found:
+            found[key] = trial(self.lm)
+        return found[key]
 
     def _cut(self, ids: list[int], logp_A: Tensor) -> Completion:
         """Ends a completion after its first stop token."""

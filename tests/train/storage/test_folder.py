@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import killed
+from forked import command, killed
 from train.storage.test_survival import assert_same, changed, go
 
 from retort import config as configuration
@@ -225,24 +226,15 @@ def test_a_new_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def at_work(model_folder: Any, prompts_file: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def at_work(model_folder: Any, prompts_file: Path, tmp_path: Path) -> Iterator[tuple[BaseProcess, Path]]:
     """A run of thousands of steps in a process of its own, at work."""
     out = tmp_path / "live"
-    command = [sys.executable, "-m", "retort", "train", *words(model_folder, prompts_file, out)]
-    process = subprocess.Popen(
-        [*command, "steps=100000", "eval.problems=0"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What nohup has told the tests to ignore, a run would ignore, too.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )
-    wait_for(lambda: (out / "metrics.jsonl").exists() or process.poll() is not None)
+    asked = ["train", *words(model_folder, prompts_file, out), "steps=100000", "eval.problems=0"]
+    process = command(asked, tmp_path / "errors")
+    wait_for(lambda: (out / "metrics.jsonl").exists() or process.exitcode is not None)
     yield process, out
     process.kill()
-    process.wait()
-    if process.stderr is not None:
-        process.stderr.close()
+    process.join()
 
 
 def wait_for(happened: Callable[[], bool], seconds: float = 300) -> None:
@@ -253,7 +245,8 @@ def wait_for(happened: Callable[[], bool], seconds: float = 300) -> None:
 
 
 def test_the_second_process_is_told_who_is_at_work(
-    at_work: tuple[subprocess.Popen[str], Path],
+    at_work: tuple[BaseProcess, Path],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     model_folder: Any,
     prompts_file: Path,
@@ -263,10 +256,11 @@ def test_the_second_process_is_told_who_is_at_work(
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert f"another run is at work there (process {process.pid} on " in error
-    process.send_signal(signal.SIGHUP)  # a terminal that closes
-    _, error = process.communicate()
-    assert process.returncode == 1
-    assert "everything is saved" in error
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGHUP)  # a terminal that closes
+    process.join()
+    assert process.exitcode == 1
+    assert "everything is saved" in (tmp_path / "errors").read_text()
     assert (out / "checkpoints").is_dir()
     run = runner.resume(out)  # the lock ended with the process
     assert run.step >= 1
@@ -412,13 +406,17 @@ def test_a_table_that_cannot_be_shown_is_shown_after_the_model_is_written(
     assert order == ["model", "table"]
 
 
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+
+
+# Each is a process of its own, whose output the shell redirects as it starts: it cannot be forked.
 @pytest.mark.parametrize(
     ("shell", "env"),
     [
         ("RETORT | head -n 1", {}),
-        ("RETORT > /dev/full", {}),
-        ("RETORT >&-", {}),
-        ("nohup RETORT > OUT.log 2>/dev/full", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}),
+        pytest.param("RETORT > /dev/full", {}, marks=pytest.mark.slow),
+        pytest.param("RETORT >&-", {}, marks=pytest.mark.slow),
+        pytest.param("nohup RETORT > OUT.log 2>/dev/full", ASCII, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_when_nobody_can_read_it(
