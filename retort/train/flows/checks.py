@@ -43,13 +43,18 @@ def check_prompts(models: Mapping[str, FlowModel], prompts: Sequence[Prompt], te
         teacher: If it is routed, each of its teachers reads its own prompts alone.
 
     Raises:
-        UserError: One has images, or a model does not read one and knows it at once.
+        UserError: One has images or several messages, or a model does not read one and knows it at once.
     """
     for prompt in prompts:
         if prompt.images:
             raise UserError(
                 f"row {quoted(prompt.id)}: its prompt has an image, and a flow model reads text alone; leave the "
                 "column out"
+            )
+        if len(prompt.messages) > 1:
+            raise UserError(
+                f"row {quoted(prompt.id)}: its prompt has {len(prompt.messages)} messages, and a flow model reads one "
+                "text; give it as the column `prompt`"
             )
     experts = teacher.teachers if isinstance(teacher, RoutedTeacher) else {}
     for name, model in models.items():

@@ -38,6 +38,12 @@ def test_an_image_in_a_prompt_is_not_left_aside(folder: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+def test_a_conversation_is_no_prompt_of_a_flow(folder: Path, tmp_path: Path) -> None:
+    said = [{"role": "system", "content": "upper"}, {"role": "user", "content": "moon"}]
+    with pytest.raises(UserError, match="^row '5': its prompt has 2 messages, and a flow model reads one text"):
+        started(folder, tmp_path / "run", {"id": "5", "messages": said, "domain": "moons"})
+
+
 def test_a_word_that_nobody_knows_is_found_before_the_run_begins(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^student .*: prompt 'upper sun': this model does not know the word 'sun'"):
         started(folder, tmp_path / "run", {"id": "5", "prompt": "upper sun", "domain": "moons"})
