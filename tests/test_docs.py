@@ -39,6 +39,7 @@ UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
     *(f"docs/{name}.md" for name in ("log", "methods", "real", "settings")),
+    *(f"docs/lab/lab-{name}.md" for name in ("glyphs", "plane", "beyond")),
     *(
         f"docs/lab/{name}.md"
         for name in (

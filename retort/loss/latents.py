@@ -84,7 +84,7 @@ def _lacking(method: Method) -> list[str]:
 def _said(need: Need) -> str:
     """A need in words, with the reason where that is not plain."""
     why = {
-        "dense": "of two Gaussians, only the forward and the reverse KL have a closed form, which gkd has as divergence",
+        "dense": "of two Gaussians, only the forward and the reverse KL have a closed form, which gkd offers",
         "entropy": "that of a step is its noise's, whatever a model says",
         "probability": "a latent has a density",
     }
