@@ -6,7 +6,9 @@
     python benchmarks/lab.py --bench judges --out runs/lab-judges    # a judge instead of log-probs: lab-judges.md
     python benchmarks/lab.py --bench written --out runs/lab-itself   # teachers that write first: lab-written.md
     python benchmarks/lab.py --bench shapes --out runs/lab-shapes    # who looks at the picture: lab-shapes.md
+    python benchmarks/lab.py --bench beyond --out runs/lab-beyond    # newer methods, composed teachers: lab-beyond.md
     python benchmarks/lab.py --bench glyphs --out runs/lab-glyphs    # flows, taught by two experts: lab-glyphs.md
+    python benchmarks/lab.py --bench plane --out runs/lab-plane      # the same of points in the plane: lab-plane.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
 
@@ -29,13 +31,28 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lab_agents_page
-import lab_glyphs_page
+import lab_beyond_page
+import lab_flows_page
 import lab_itself_page
 import lab_judges_page
 import lab_shapes_page
 import lab_written_page
 import servers
-from lab_benches import AGENTS, BENCHES, FASTER, GLYPHS, ITSELF, JUDGES, PAIRED, SHAPES, WRITTEN, Bench, Entry
+import weaker_models
+from lab_benches import (
+    AGENTS,
+    BENCHES,
+    BEYOND,
+    FASTER,
+    GLYPHS,
+    ITSELF,
+    JUDGES,
+    PAIRED,
+    PLANE,
+    SHAPES,
+    WRITTEN,
+    Bench,
+)
 from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
@@ -43,24 +60,28 @@ from runs import Job, run_all
 from retort import registry
 
 
+def _takes_part(name: str, method: str, only: Sequence[str]) -> bool:
+    return not only or name in only or method in only
+
+
 def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int, judge: str = "") -> Iterator[Job]:
     """All runs, seed by seed, so that an early end leaves whole comparisons; `judge` is the address of theirs."""
     for seed in range(seeds):
         for name, entry in bench.entries().items():
-            if only and name not in only and entry.method not in only:
+            if not _takes_part(name, entry.method, only):
                 continue
             folder = out / bench.folder / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
             given = {"name": entry.method, **_samples(entry.method, bench.samples), **entry.settings}
             # The teacher is the same in all runs, and evaluated in one.
-            judged = {**bench.base["eval"], "teacher": seed == 0 and name in (entry.method, "opd") and _control(entry)}
+            control = name == bench.control if bench.control else entry.method == "opd"
+            judged = {**bench.base["eval"], "teacher": seed == 0 and control}
             settings = {**bench.base, **entry.run, "eval": judged, "method": given, "seed": seed}
             if registry.load(entry.method).grading is not None:
                 settings["judge"] = {"model": judge}
+            paths = {own: str(out / "models" / which) for own, which in entry.weaker.items()}
+            settings |= {"teacher": paths.pop("teacher")} if "teacher" in paths else {}
+            settings |= {"models": {own: {"path": path} for own, path in paths.items()}} if paths else {}
             yield Job(bench.name, name, seed, folder, settings)
-
-
-def _control(entry: Entry) -> bool:
-    return entry.method in ("opd", "flow_opd")
 
 
 def _samples(method: str, samples: int) -> dict[str, int]:
@@ -128,7 +149,10 @@ def _values(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _run(bench: Bench, arguments: argparse.Namespace) -> list[str]:
-    """Runs what is not finished, with the bench's judge at hand; returns what went wrong."""
+    """Runs what is not finished, with the bench's judge and models at hand; returns what went wrong."""
+    asking = [e for name, e in bench.entries().items() if _takes_part(name, e.method, arguments.only)]
+    if any(entry.weaker for entry in asking):
+        weaker_models.make(arguments.out / "models")
     with servers.ours(bench.judge) if bench.judge else contextlib.nullcontext() as judge:
         url = judge.url if judge else ""
         todo = list(jobs(bench, arguments.out, arguments.only, arguments.seeds, url))
@@ -166,12 +190,15 @@ def main() -> None:
         text = lab_written_page.page(rows, about(shown), wanted)
     elif shown is SHAPES:
         text = lab_shapes_page.page(rows, about(shown), wanted)
-    elif shown is GLYPHS:
-        text = lab_glyphs_page.page(rows, about(shown), wanted)
+    elif shown is BEYOND:
+        text = lab_beyond_page.page(rows, about(shown), wanted)
+    elif shown in (GLYPHS, PLANE):
+        task = lab_flows_page.GLYPHS if shown is GLYPHS else lab_flows_page.PLANE
+        text = lab_flows_page.page(task, rows, about(shown), wanted)
     else:
         text = page(rows, about(shown), wanted)
     path.write_text(text, encoding="utf-8")
-    if shown in (WRITTEN, GLYPHS):
+    if shown in (WRITTEN, GLYPHS, PLANE):
         print(f"{path}, from {len(rows)} of {len(own)} runs")
         raise SystemExit(1 if failed else 0)
     if shown is AGENTS:

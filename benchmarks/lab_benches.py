@@ -21,6 +21,8 @@ class Entry:
         run: Further settings of the run, such as a teacher.
         shown: What the method's teacher sees besides the student's prompt, in words.
         rewards: Whether rewards take part, in words; empty: as the method says.
+        weaker: Models of the run that are none of the built-in ones (`weaker_models`), by the name that the run has for
+            them.
     """
 
     method: str
@@ -29,6 +31,7 @@ class Entry:
     run: Mapping[str, Any] = field(default_factory=dict)
     shown: str = ""
     rewards: str = ""
+    weaker: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Bench:
         samples: Rollouts per prompt, of every method that lets one choose.
         entries: Who takes part, by name; controls first.
         judge: What `retort serve` serves for those of its runs that ask a judge; empty if none does.
+        control: The row in whose first run the teacher is evaluated; empty for all of `opd`.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Bench:
     entries: Callable[[], Mapping[str, Entry]]
     folder: str = ""
     judge: str = ""
+    control: str = ""
 
 
 def needs_more(method: str) -> bool:
@@ -74,7 +79,7 @@ def outside() -> dict[str, Entry]:
     """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
     found: dict[str, Entry] = {}
     for method in registry.for_tokens():
-        if needs_more(method) or asks_several(method) or registry.load(method).grading is not None:
+        if needs_more(method) or asks_several(method) or registry.load(method).grading is not None or method in NEWER:
             continue
         own = {name: Entry(*entry) for name, entry in _OUTSIDE.items() if entry[0] == method}
         found.update(own or {method: Entry(method)})
@@ -91,6 +96,8 @@ def itself() -> dict[str, Entry]:
     return {**found, **_PAIRED}
 
 
+#: Methods that have a bench of their own, beside `opd` and `eopd`.
+NEWER = frozenset({"resopd", "tropd", "topd", "opd2", "ida_opd", "w2s_opd", "lgr", "reopd"})
 #: The built-in models and prompts, 40 batches of 64 prompts x 4 rollouts.
 _COUNTDOWN: Mapping[str, Any] = {
     "student": "countdown:student",
@@ -296,6 +303,7 @@ _AGENTS: Mapping[str, Entry] = {
     "opd": Entry("opd"),
     "tcod, forward": Entry("tcod", {"curriculum": "forward", "every": 1}, _GROWS),
     "tcod, backward": Entry("tcod", {"curriculum": "backward", "every": 1}, "one more turn every batch"),
+    "reopd": Entry("reopd", {}, "one turn an episode, so that it learns from far fewer tokens"),
     "sod": Entry("sod"),
     "atod": Entry("atod", {"anneal_steps": 20}, "annealed over 20 of 30 batches; the paper over 80"),
 }
@@ -366,6 +374,54 @@ _LOOKERS: Mapping[str, Entry] = {
     ),
 }
 SHAPES = Bench("lab-shapes", _SHAPES, 4, lambda: _LOOKERS)
+_TEACHER_BASE = {"teacher_base": "teacher_base"}
+_WEAK_PAIR = {"teacher": "weak", "teacher_minus": "weaker"}
+_BEYOND: Mapping[str, Entry] = {
+    "opd": Entry("opd"),
+    "eopd": Entry("eopd", {"top_k": 8}, "top-8 of 266 ids; the paper's top-16 is of 150,000"),
+    "resopd": Entry("resopd"),
+    "tropd": Entry("tropd", {"top_k": 8}, "top-8 of 266 ids; the paper's top-64 is of 150,000"),
+    "tropd, refused left out": Entry("tropd", {"forward_coef": 0.0}, "refused tokens teach nothing"),
+    "topd": Entry("topd", {}, "one pass over each batch"),
+    "topd, token reward": Entry(
+        "topd", {"returns": "token", "normalise": False}, "the bounded reward alone, without returns and normaliser"
+    ),
+    "topd, three passes": Entry(
+        "topd",
+        {},
+        "three passes over each batch, which is three times the work",
+        run={"optimizer": {**_COUNTDOWN["optimizer"], "epochs": 3}},
+    ),
+    "opd2": Entry(
+        "opd2",
+        {"top_k": 266, "temperature": 1.0},
+        "at temperature 1 and not 0.7, as all others; its base is the teacher after a tenth of its training",
+        weaker=_TEACHER_BASE,
+    ),
+    "opd2, scale 1": Entry(
+        "opd2",
+        {"top_k": 266, "temperature": 1.0, "scale": 1.0},
+        "likewise, and the reward as it is, not times 0.1",
+        weaker=_TEACHER_BASE,
+    ),
+    "ida_opd": Entry("ida_opd"),
+    "w2s_opd": Entry(
+        "w2s_opd",
+        {},
+        "no teacher: a pair of models weaker than the student, one after further training of the other",
+        weaker=_WEAK_PAIR,
+    ),
+    "lgr": Entry("lgr", {}, "looks ahead above an entropy of 1 nat"),
+    "lgr, threshold 0.5": Entry("lgr", {"entropy_threshold": 0.5}, "looks ahead above an entropy of 0.5 nats"),
+    "w2s_opd, alpha 0.3": Entry("w2s_opd", {"alpha": 0.3}, "likewise, a third of the difference", weaker=_WEAK_PAIR),
+}
+#: The newer methods on the first bench's task; the variance of whole gradients is measured at every tenth batch.
+BEYOND = Bench(
+    "lab-beyond",
+    {**_COUNTDOWN, "record": {"rollouts": 1, "gradient_variance_every": 10}},
+    4,
+    lambda: _BEYOND,
+)
 #: Small pictures of characters, whose experts each know one reward: 60 batches of 32 pictures. What is not said here is
 #: as the task's recipe has it.
 _GLYPHS: Mapping[str, Any] = {
@@ -381,6 +437,8 @@ _ALONE: Mapping[str, Any] = {"flow": {"start": "student"}}
 #: GRPO on the rewards of both domains, without a term of the teacher; as many pictures, in groups of eight.
 _GRPO: Mapping[str, Any] = {"coef": 0.0, "samples": 8, "clip_low": None, "clip_high": None}
 _FEW: Mapping[str, Any] = {"rollout": {"prompts": 4}}
+#: At the learning rate of the others, a policy gradient over latents of 1,728 elements diverges within six batches.
+_SLOW: Mapping[str, Any] = {"optimizer": {"learning_rate": 2e-5, "updates": 2}}
 _DENOISERS: Mapping[str, Entry] = {
     "flow_opd": Entry("flow_opd", {}, "2 pictures a prompt, not 24; it begins with the mean of the experts"),
     "flow_opd, from the student": Entry("flow_opd", {}, "the same without that beginning", run=_ALONE),
@@ -391,11 +449,50 @@ _DENOISERS: Mapping[str, Entry] = {
         run={**_ALONE, "cold_start": {"steps": 20}},
     ),
     "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
+    "flow_opd, sampled, 2e-5": Entry(
+        "flow_opd", {"gradient": "sampled_log_ratio"}, "the same at a fiftieth of the learning rate", run=_SLOW
+    ),
     "GRPO-mix": Entry("sod", _GRPO, "rewards alone, from the mean of the experts; `sod` without its teacher", run=_FEW),
-    "GRPO-mix, from the student": Entry("sod", _GRPO, "the same from the student", run={**_FEW, **_ALONE}),
+    "GRPO-mix, 2e-5": Entry("sod", _GRPO, "the same at a fiftieth of the learning rate", run={**_FEW, **_SLOW}),
+    "GRPO-mix, 2e-5, from the student": Entry("sod", _GRPO, "from the student", run={**_FEW, **_SLOW, **_ALONE}),
     "diffusion_opd": Entry("diffusion_opd", {}, "2 pictures a prompt, not 8; the experts by routing, too"),
 }
-GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS)
+GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS, control="flow_opd")
+#: Points in the plane: 40 batches of 192 points, as the task's recipe has them.
+_PLANE: Mapping[str, Any] = {
+    "data": "plane",
+    "steps": 40,
+    "rollout": {"prompts": 48},
+    "eval": {"problems": 96, "samples": 8, "every": 0},
+    "checkpoint": {"every": 0},
+    "record": {"rollouts": 1},
+}
+_EIGHT: Mapping[str, Any] = {"rollout": {"prompts": 24}}
+_SLOWER: Mapping[str, Any] = {"optimizer": {"learning_rate": 2e-4}}
+_IN_THE_PLANE: Mapping[str, Entry] = {
+    "flow_opd": Entry("flow_opd", {}, "4 points a prompt, not 24; it begins with the mean of the experts"),
+    "flow_opd, from the student": Entry("flow_opd", {}, "the same without that beginning", run=_ALONE),
+    "flow_opd, after samples": Entry(
+        "flow_opd",
+        {},
+        "10 of the 40 batches learn from the experts' samples",
+        run={**_ALONE, "cold_start": {"steps": 10}},
+    ),
+    "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
+    "flow_opd, detached": Entry(
+        "flow_opd", {"gradient": "paper_detached"}, "the form of the project page, which has no direction"
+    ),
+    "opd": Entry("opd", {}, "with its paper's clip and correction"),
+    "gkd": Entry(
+        "gkd",
+        {"divergence": "reverse_kl", "on_policy_fraction": 1.0, "temperature": 1.0},
+        "reverse KL on the student's trajectories alone",
+    ),
+    "GRPO-mix": Entry("sod", _GRPO, "rewards alone, from the mean of the experts: `sod` without teacher", run=_EIGHT),
+    "GRPO-mix, 2e-4": Entry("sod", _GRPO, "the same at a tenth of the learning rate", run={**_EIGHT, **_SLOWER}),
+    "GRPO-mix, 2e-4, from the student": Entry("sod", _GRPO, "from the student", run={**_EIGHT, **_SLOWER, **_ALONE}),
+}
+PLANE = Bench("lab-plane", _PLANE, 4, lambda: _IN_THE_PLANE, control="flow_opd")
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
@@ -404,5 +501,7 @@ BENCHES: Mapping[str, Bench] = {
     "agents": AGENTS,
     "judges": JUDGES,
     "shapes": SHAPES,
+    "beyond": BEYOND,
     "glyphs": GLYPHS,
+    "plane": PLANE,
 }

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     #: A folder, a hub name, or a model with its tokenizer.
-    Model = str | os.PathLike[str] | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    from retort.flows.base import VelocityModel
+
+    Model = str | os.PathLike[str] | tuple[PreTrainedModel, PreTrainedTokenizerBase] | VelocityModel
     #: A file, a hub name, or rows: a list of dicts, a `datasets.Dataset`, any iterable of mappings.
     Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -66,8 +68,9 @@ def distill(
     """Distils a teacher into a student, on-policy. Without models and data it runs the built-in task.
 
     Args:
-        student: Model folder, hub name, or a pair `(model, tokenizer)` of transformers. A model of yours is not
-            changed: a copy of it learns, which is `run.student.model`, and in `run.folder / "model"`.
+        student: Model folder, hub name, a pair `(model, tokenizer)` of transformers, or a `retort.flows.VelocityModel`
+            (docs/flow.md). A model of yours is not changed: a copy of it learns, which is `run.student.model` (of a
+            flow `run.student.of`), and in `run.folder / "model"`.
         teacher: The same; not for methods in which the student teaches itself. Or several by name, such as
             `{"maths": ..., "code": ...}`, which teach together as the settings
             `teachers` say (docs/several-teachers.md).

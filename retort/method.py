@@ -196,6 +196,7 @@ class Method:
                 f"term '{own[0]}' is a policy gradient, which holds only for the student's own completions, but the "
                 f"rollout plan mixes in {others}; use pathwise(...), or let the student generate everything"
             )
+        self._check_draws()
         controllers = [controller.name for controller in self.controllers]
         if len(set(controllers)) != len(controllers):
             raise UserError(f"method {self.name} has two controllers of one name: {controllers}")
@@ -209,6 +210,21 @@ class Method:
         for output in (*coefs, *self.rollout.controller_outputs):
             if output.controller not in controllers:
                 raise UserError(f"a setting reads '{output}'; {did_you_mean(output.controller, controllers)}")
+
+    def _check_draws(self) -> None:
+        """Raises `UserError` where a part that needs draws from the whole distribution would get others."""
+        plan = self.rollout
+        for name in (part.name for term in self.terms for part in term.parts if part.whole_support):
+            if plan.top_p < 1:
+                raise UserError(
+                    f"'{name}' is unbiased only for tokens drawn from the student's whole distribution, and the "
+                    f"rollout plan has top_p = {plan.top_p:g}; set it to 1"
+                )
+            if plan.temperature != self.temperature:
+                raise UserError(
+                    f"'{name}' is unbiased only for tokens drawn at the loss temperature {self.temperature:g}, and the "
+                    f"rollout plan has {plan.temperature:g}; set both to the same"
+                )
 
     @property
     def as_published(self) -> bool:

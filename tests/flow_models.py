@@ -162,11 +162,14 @@ def _quiet(pipeline: Any) -> Any:
 
 
 def small(*, width: int = 16, seed: int = 0) -> Any:
-    """A small flow of points, float64, whose every weight has a size."""
+    """A small flow of images of 8 px, float64, whose every weight has a size.
+
+    It is frozen, as an adapter's base is: torch rounds products of weights that learn otherwise.
+    """
     from retort.flows.small import SmallConfig, SmallFlow
 
-    flow = SmallFlow.new(SmallConfig(latent_shape=(2,), words=("ring", "moon"), width=width), seed=seed)
-    flow.module.double()
+    flow = SmallFlow.new(SmallConfig(latent_shape=(3, 8, 8), words=("ring", "moon"), width=width), seed=seed)
+    flow.module.double().requires_grad_(False)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         for weight in flow.module.parameters():

@@ -25,13 +25,14 @@ from retort import registry
 from retort.core.losses import TokenLosses
 from retort.core.rollouts import Pack, Rollout, in_groups
 from retort.core.sequences import TokenSequence
-from retort.core.signals import Dense
+from retort.core.signals import Ahead, Dense
 from retort.core.steps import Clock
 from retort.functional import token_losses
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.models.sharding import Sharding
 from retort.models.working import WorkingCopy
+from retort.teachers.base import most_ahead
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.train.learning.control import Control
@@ -193,7 +194,12 @@ def padded_losses(setup: Prepared, pack: Pack) -> TokenLosses:
         temperature = setup.method.temperature
         shared_NV = logits_NV[:, : setup.learner.vocab]
         said = Dense.of(shared_NV, pack.steps.tokens_N, temperature=temperature, hidden_ND=states_ND)
-        views[name] = replace(said, valid_N=valid_N)
+        said = replace(said, valid_N=valid_N)
+        k = most_ahead(setup.method.needs(name))
+        if k:
+            ids_NK = logits[:, : setup.learner.vocab].detach().topk(k).indices
+            sure_NK = _ahead(lm, sequences, pack, ids_NK, setup.learner.vocab)
+        views[name] = Ahead.beside(said, ids_NK, sure_NK) if k else said
     return token_losses(
         setup.method,
         student_logits=logits[:, : setup.learner.vocab],
@@ -256,6 +262,19 @@ def _padded(lm: LanguageModel, sequences: list[Tensor], pack: Pack) -> tuple[Ten
         return torch.cat(found)
 
     return rows(said.logits), rows(said.hidden_states[-1])
+
+
+@torch.no_grad()
+def _ahead(lm: LanguageModel, sequences: list[Tensor], pack: Pack, ids_NK: Tensor, vocab: int) -> Tensor:
+    """The model's largest probability after each of some ids in place of what was decided, [N, K]: a pass for each."""
+    found: list[Tensor] = []
+    for ids, sequence in zip(sequences, pack.sequences, strict=True):
+        decided_L = sequence.continuation.action_mask_L
+        for at in (decided_L.nonzero().flatten() + len(ids) - len(decided_L)).tolist():
+            branches = [torch.cat([ids[:at], own[None]]) for own in ids_NK[len(found)]]
+            logits_KV = lm.model(input_ids=torch.stack(branches), use_cache=False).logits[:, -1, :vocab]
+            found.append(logits_KV.softmax(-1).amax(-1))
+    return torch.stack(found)
 
 
 _models: dict[tuple[str, str, torch.dtype | None], LanguageModel] = {}

@@ -41,7 +41,7 @@ UNCOMPUTED = {
     *(f"docs/{name}.md" for name in ("log", "methods", "real", "settings")),
     *(
         f"docs/lab/{name}.md"
-        for name in ("lab", "lab-itself", "lab-written", "lab-agents", "lab-judges", "lab-shapes", "lab-notes", "cliff")
+        for name in ("lab", "lab-itself", "lab-written", "lab-agents", "lab-judges", "lab-shapes", "lab-glyphs", "lab-plane", "lab-notes", "cliff")
     ),
 }
 

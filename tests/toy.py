@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from retort.core.losses import TokenLosses
-from retort.core.needs import HIDDEN
-from retort.core.signals import Dense, TeacherSignal
+from retort.core.needs import HIDDEN, Need
+from retort.core.signals import Ahead, Dense, TeacherSignal
 from retort.core.steps import Steps
 from retort.functional import linear_token_losses, token_losses
 from retort.method import Method
@@ -85,9 +85,9 @@ class Toy:
             hidden, head = (self.hidden, self.head) if same else self.view(name)
             found = (hidden @ head.T)[rows]
             found = torch.cat([found, torch.full((len(rows), padded), 50.0, dtype=torch.float64)], dim=-1)
-            if HIDDEN not in method.needs(name):
-                return found
-            return Dense.of(found, self.tokens[rows], temperature=method.temperature, hidden_ND=hidden[rows])
+            signal = Dense.of(found, self.tokens[rows], temperature=method.temperature, hidden_ND=hidden[rows])
+            ahead = self.ahead(method.needs(name), signal, rows)
+            return found if ahead is signal and HIDDEN not in method.needs(name) else ahead
 
         views = {name: logits(name) for name in method.views}
         number = self.rollouts[rows]
@@ -105,19 +105,34 @@ class Toy:
         }
         return token_losses(method, **given)
 
+    def ahead(self, needs: frozenset[Need], signal: TeacherSignal, rows: Tensor | None = None) -> TeacherSignal:
+        """The signal about some steps, with a look one token ahead where it is needed: any numbers between 0 and 1."""
+        k = max((need.k for need in needs if need.kind == "lookahead"), default=0)
+        if not k:
+            return signal
+        rows = torch.arange(len(self.tokens)) if rows is None else rows
+        draw = torch.Generator().manual_seed(7)
+        sure_NK = torch.rand(len(self.tokens), k, generator=draw, dtype=torch.float64)
+        return Ahead.beside(signal, self.logits.detach().topk(k).indices[rows], sure_NK[rows])
+
     def linear(self, method: Method, **more: Any) -> TokenLosses:
         """The method through the loss core."""
+        whole = Dense.of(self.teacher_logits, self.tokens, temperature=method.temperature)
+        ahead = self.ahead(method.needs(), whole) if "teacher" in method.views else whole
+        told = {} if ahead is whole else {"teacher_hidden": None, "teacher_head": None}
+        views = self.others(method) if ahead is whole else {**self.others(method), "teacher": ahead}
         given = {
             "student_hidden": self.hidden,
             "student_head": self.head,
             "teacher_hidden": self.teacher_hidden,
             "teacher_head": self.teacher_head,
-            "extra_views": self.others(method),
+            "extra_views": views,
             "tokens": self.tokens,
             "rollouts": self.rollouts,
             "turns": self.turns,
             "groups": GROUPS,
             "rewards": REWARDS,
+            **told,
             **more,
         }
         return linear_token_losses(method, **given)

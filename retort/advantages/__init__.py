@@ -1,8 +1,8 @@
 """Advantages: the factor of each step's policy gradient, from the teacher or from the outcome.
 
-Some exports are helpers and no advantages: `lower_clip` is a bound on the log-ratio, and `graded`, `group_means`,
-`length_bonus`, `members` and `per_rollout` are what advantages from the outcome are made of; `advantage_sum` takes each
-`Summand`.
+Some exports are helpers and no advantages: `proximal_log_ratio` is a quantity, `lower_clip` a bound on the log-ratio,
+and `graded`, `group_means`, `length_bonus`, `members` and `per_rollout` are what advantages from the outcome are made
+of; `advantage_sum` takes each `Summand`.
 """
 
 from retort.advantages.closed_form import minus_divergence
@@ -26,6 +26,7 @@ from retort.advantages.outcome import (
     running_advantage,
     stored_advantage,
 )
+from retort.advantages.proximal import proximal_log_ratio, proximal_return
 from retort.advantages.total import Summand, advantage_sum
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "minus_divergence",
     "per_rollout",
     "power_difference",
+    "proximal_log_ratio",
+    "proximal_return",
     "return_to_go",
     "running_advantage",
     "stored_advantage",

@@ -23,6 +23,7 @@ from retort.rewards.environment import ByEnvironment
 from retort.rewards.user import is_user_defined
 from retort.teachers.spanned import SpanTeacher
 from retort.train.events.observe import Observer
+from retort.train.flows.prepare import FLOW_DATA
 from retort.train.models.models import engine, load, local_teacher
 from retort.train.setup.prompts import eval_prompts, grader
 from retort.train.setup.split import repeats
@@ -72,10 +73,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         A table of one row, in the form of `eval.json`.
     """
     full, flow = [_full(word) for word in words], is_flow_model(model)
-    read = _OF_FLOWS if flow else _READ
-    for key in (word.partition("=")[0] for word in full if "=" in word):
-        if key not in read and not key.startswith("columns."):
-            raise UserError(f"retort eval does not read '{key}'; {ours_for(key, read) or did_you_mean(key, read)}")
+    _check_keys(model, data, [word.partition("=")[0] for word in full if "=" in word], flow=flow)
     given = configuration.overrides(full)
     recipe = configuration.recipe(data) if data in configuration.BUILTIN else {}
     config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)
@@ -135,6 +133,19 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         "profile": {model: row["profile"]},
         **({"given_up": {model: row["given_up"]}} if "given_up" in row else {}),
     }
+
+
+def _check_keys(model: str, data: str, keys: Sequence[str], *, flow: bool) -> None:
+    """Refuses settings that are not read, and what is for flow models only where the model is none."""
+    for what in () if flow else [f"'{data}'"] * (data in FLOW_DATA) + [key for key in keys if key.startswith("flow.")]:
+        raise UserError(
+            f"{what} is for flow models, and {model} is none that can be opened; name a folder such as RUN/model, or a "
+            "built-in one such as plane:student"
+        )
+    read = _OF_FLOWS if flow else _READ
+    for key in keys:
+        if key not in read and not key.startswith("columns."):
+            raise UserError(f"retort eval does not read '{key}'; {ours_for(key, read) or did_you_mean(key, read)}")
 
 
 def tasks(data: str | None, env: str | None, words: Sequence[str]) -> tuple[str, list[str]]:

@@ -17,6 +17,7 @@ from retort.flows.sampling import FlowSampling
 from retort.rewards.samples import SampleGrader
 from retort.teachers.flow import FlowTeacher, refuse_other_flow
 from retort.train.events.observe import Observer
+from retort.train.flows.checks import check_prompts
 from retort.train.models.models import device_for, located
 
 
@@ -48,6 +49,7 @@ def evaluate_flow(config: Config, model: str, prompts: list[Prompt], teacher: st
     other = None if teacher is None else _opened(config, teacher, "teacher")
     if other is not None:
         refuse_other_flow(own, other)
+    check_prompts({"model": own} if other is None else {"model": own, "teacher": other}, prompts)
     evaluator = FlowEvaluator(
         prompts,
         grader,

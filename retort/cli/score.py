@@ -10,6 +10,8 @@ from retort.core.rollouts import Prompt, in_groups
 from retort.errors import UserError, counted, visible
 from retort.method import Method
 from retort.train.events.observe import Observer, Silent
+from retort.train.flows.prepare import decides_latents
+from retort.train.given.given import CallerObjects
 from retort.train.setup.memory import size_text
 from retort.train.setup.prepare import Prepared, prepare
 
@@ -32,6 +34,11 @@ def score(config: Config, observer: Observer | None = None, *, method: Method | 
         UserError: No cache is named, or the method learns from no completion of the data.
     """
     observer = observer or Silent()
+    if decides_latents(config, method, CallerObjects()):
+        raise UserError(
+            "retort score stores scores of tokens, and this student decides denoising steps; its teachers are asked "
+            "during the run (retort train)"
+        )
     if config.cache.dir is None:
         raise UserError("retort score stores scores in a cache; name its folder: --cache DIR")
     if config.cache.only:

@@ -37,8 +37,8 @@ class FlowSection(Section):
     height: int | None = Field(default=None, ge=8, description="height of images, pixels; default: the pipeline's own")
     width: int | None = Field(default=None, ge=8, description="width of images, pixels; default: the pipeline's own")
     batch: int = Field(default=64, ge=1, description="latents per forward pass")
-    rewards: tuple[str, ...] = Field(
-        default=(),
+    rewards: list[str] = Field(
+        default_factory=list[str],
         description="what is measured of the samples, by name (docs/flow.md) or as module:function; the reward of a "
         "sample is the one that its prompt's domain names, or else their mean",
     )

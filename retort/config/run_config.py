@@ -341,6 +341,10 @@ def _lead(name: str, settings: Mapping[str, Any]) -> None:
             raise UserError(f"method '{name}' has no setting '{key}'; {ours}")
 
 
+#: What is said where a list is wanted; a shell takes quotes away that stand alone.
+_AS_LIST = """it must be a list, such as '["one","two"]' on a command line"""
+
+
 def _first_problem(error: ValidationError, method: Method) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
@@ -353,7 +357,8 @@ def _first_problem(error: ValidationError, method: Method) -> str:
     if section is None and len(location) == 1 and isinstance(first["input"], Mapping) and first["input"]:
         return _no_section(location[0], first["input"], method)
     shown = "" if section is not None else f" (it is {quoted(first['input'])})"
-    return f"{'.'.join(location)}: {first['msg']}{shown}"
+    said = _AS_LIST if first["type"] in ("list_type", "tuple_type") else first["msg"]
+    return f"{'.'.join(location)}: {said}{shown}"
 
 
 def _no_section(name: str, value: Mapping[str, Any], method: Method) -> str:

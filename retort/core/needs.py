@@ -25,6 +25,7 @@ NeedKind = Literal[
     "probability",
     "spans",
     "disagreement",
+    "lookahead",
 ]
 
 
@@ -39,14 +40,16 @@ class Need:
             `dense` (every log-prob), `gaussian` (mean and standard deviation of the next latent), `hidden` (the
             teacher's last hidden states), `spans` (aligned units of tokens, see `retort.core.signals.Spans`),
             `probability` (of what was decided: a token has one, a latent has a density), `disagreement` (how far
-            several teachers differ, nats), `text`.
-        k: Number of candidates, for `topk` and `logp_at`.
-        ids_of: For `logp_at`, the model whose most likely ids they are.
+            several teachers differ, nats), `lookahead` (the largest probability one token later, after each of the
+            student's most likely ids), `text`.
+        k: Number of candidates, for `topk`, `logp_at` and `lookahead`.
+        ids_of: For `logp_at` and `lookahead`, the model whose most likely ids they are.
         or_spans: Whether a signal of spans meets it as well, because the part has a form of its own for units. It asks
             for nothing else, so needs that differ in it are equal.
         or_bound: For `entropy`, whether a lower bound meets it as well; such needs are equal, too.
         or_gaussian: For `dense`, whether a Gaussian over latents meets it as well, because the part asks `Policy`
             alone; such needs are equal, too.
+        above: For `lookahead`: it is needed only where the student's entropy is above this, nats; such needs are equal.
     """
 
     kind: NeedKind
@@ -55,6 +58,7 @@ class Need:
     or_spans: bool = field(default=False, compare=False)
     or_bound: bool = field(default=False, compare=False)
     or_gaussian: bool = field(default=False, compare=False)
+    above: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         names = {
@@ -70,6 +74,7 @@ class Need:
             "probability": "the probability of what was decided",
             "spans": "its scores of aligned spans of tokens",
             "disagreement": "how far several teachers differ",
+            "lookahead": f"a look one token ahead after the {self.ids_of}'s top-{self.k}",
         }
         return names.get(self.kind, self.kind)
 

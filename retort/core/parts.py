@@ -68,6 +68,8 @@ class Part:
         stats: Statistics of the whole batch that it reads.
         uses_old_logp: Whether it compares the student with itself before the first update on a batch; read for a term's
             estimator and weight.
+        whole_support: Whether it holds only for tokens drawn from the student's whole distribution at the loss
+            temperature, so that a plan with another way to draw is refused.
         student_needs: What it needs of the student's policy beyond the log-prob of what was decided, and beyond what
             its needs of teachers say: a number over a vocabulary, which a denoising step does not have.
     """
@@ -79,6 +81,7 @@ class Part:
     stats: tuple[Stat, ...] = ()
     uses_old_logp: bool = field(default=False, kw_only=True)
     student_needs: frozenset[Need] = field(default=frozenset(), kw_only=True)
+    whole_support: bool = field(default=False, kw_only=True)
 
     def at(self, context: Context, view: str) -> Tensor:
         """Returns its value at the steps of a context.
@@ -108,7 +111,14 @@ class Divergence(Part):
 
 @dataclass(frozen=True)
 class Advantage(Part):
-    """How much better than expected the sampled token was, nats; always used detached."""
+    """How much better than expected the sampled token was, nats; always used detached.
+
+    Attributes:
+        reads_student: Whether it reads the live student beyond what `old_logp` says of it, so that it must be taken
+            before the first of several updates on a batch.
+    """
+
+    reads_student: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -123,4 +133,10 @@ class Quantity(Part):
 
 @dataclass(frozen=True)
 class Weight(Part):
-    """The weight of each step in a term; detached by the framework."""
+    """The weight of each step in a term; detached by the framework.
+
+    Attributes:
+        corrects_engine: Whether it corrects for a rollout engine whose probabilities differ from the trainer's.
+    """
+
+    corrects_engine: bool = field(default=False, kw_only=True)

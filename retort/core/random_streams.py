@@ -34,6 +34,7 @@ Stream = Literal[
     "environment",
     "chat",
     "passages",
+    "acceptance",
 ]
 
 

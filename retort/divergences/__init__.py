@@ -10,6 +10,7 @@ from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
 from retort.divergences.likelihood import negative_log_likelihood
 from retort.divergences.likelihoods import unit_likelihood
+from retort.divergences.residual import tail_residual
 from retort.divergences.sampled import k1, k2, k3
 from retort.divergences.simct import Score, simct
 from retort.divergences.skew import skew_forward_kl, skew_reverse_kl
@@ -52,6 +53,7 @@ __all__ = [
     "stop_bridge",
     "stop_forward_kl",
     "strict_shared_kl",
+    "tail_residual",
     "teacher_top",
     "todi",
     "topk_jsd",

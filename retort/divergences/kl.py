@@ -21,9 +21,15 @@ from retort.errors import UserError
 
 @dataclass(frozen=True)
 class Support:
-    """The ids that a divergence sums over: the whole vocabulary (`top` is None), or the teacher's `top` most likely."""
+    """The ids that a divergence sums over: the whole vocabulary (`top` is None), or the teacher's `top` most likely.
+
+    Attributes:
+        top: Number of ids.
+        renormalised: Whether the teacher's probabilities of them are divided by their sum.
+    """
 
     top: int | None = None
+    renormalised: bool = True
 
 
 def full() -> Support:
@@ -31,11 +37,11 @@ def full() -> Support:
     return Support()
 
 
-def teacher_top(k: int) -> Support:
+def teacher_top(k: int, *, renormalised: bool = True) -> Support:
     """The teacher's `k` most likely ids (k at or above the vocabulary means all of it)."""
     if k < 1:
         raise UserError(f"teacher_top: k must be at least 1, not {k}")
-    return Support(k)
+    return Support(k, renormalised)
 
 
 def kl_values(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
@@ -59,9 +65,12 @@ def forward_kl(support: Support | None = None) -> Divergence:
 
     With `teacher_top(k)` the teacher is renormalised inside its top-k while the student keeps its full-vocabulary
     softmax (EOPD, arXiv 2603.07079): the gradient with respect to a student logit is :math:`p_S - \tilde p_T`, so
-    probability outside the k ids is pushed down, and the minimum is the truncated teacher, not the teacher.
+    probability outside the k ids is pushed down, and the minimum is the truncated teacher, not the teacher. Not
+    renormalised, value and gradient are those times the teacher's mass on the k ids, but for a constant in the value,
+    which may be below 0.
     """
-    top = None if support is None else support.top
+    chosen = full() if support is None else support
+    top = chosen.top
     if top is None:
 
         def exact(context: Context, view: str) -> Tensor:
@@ -71,10 +80,11 @@ def forward_kl(support: Support | None = None) -> Divergence:
 
     def truncated(context: Context, view: str) -> Tensor:
         ids_NK, teacher_logp_NK = context.signal(view).topk(top)
-        kept_logp_NK = teacher_logp_NK.log_softmax(-1)
+        kept_logp_NK = teacher_logp_NK.log_softmax(-1) if chosen.renormalised else teacher_logp_NK
         return kl_values(kept_logp_NK, context.student.logp_at(ids_NK))
 
-    return Divergence(f"forward_kl(teacher top-{top})", truncated, frozenset({Need("topk", top)}))
+    how = "" if chosen.renormalised else ", not renormalised"
+    return Divergence(f"forward_kl(teacher top-{top}{how})", truncated, frozenset({Need("topk", top)}))
 
 
 def reverse_kl() -> Divergence:

@@ -37,8 +37,8 @@ class Pathwise:
 
     @property
     def uses_old_logp(self) -> bool:
-        """False: it differentiates the live student only."""
-        return False
+        """Whether the divergence does: some are corrected for the tokens that were drawn."""
+        return self.divergence.uses_old_logp
 
     @property
     def reads_hidden(self) -> bool:

@@ -38,7 +38,8 @@ class ScoreFunction:
     @property
     def stored(self) -> Mapping[str, Part]:
         """Parts, by name, whose values must be taken before the first update on a batch."""
-        return {"baseline": self.baseline} if self.baseline else {}
+        found: dict[str, Part] = {"baseline": self.baseline} if self.baseline else {}
+        return {**found, "advantage": self.advantage} if self.advantage.reads_student else found
 
     @property
     def uses_old_logp(self) -> bool:
@@ -47,7 +48,9 @@ class ScoreFunction:
 
     def advantage_N(self, context: Context, view: str, term: str) -> Tensor:
         """Advantage minus baseline, nats, detached."""
-        advantage_N = self.advantage.at(context, view)
+        advantage_N = context.steps.stored.get(f"{term}.advantage")
+        if advantage_N is None:
+            advantage_N = self.advantage.at(context, view)
         if self.baseline is not None and self.baseline_coef != 0:  # an infinite baseline times 0 is NaN
             baseline_N = context.steps.stored.get(f"{term}.baseline")
             if baseline_N is None:

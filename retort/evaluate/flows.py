@@ -172,11 +172,12 @@ class FlowEvaluator:
         )
 
     def _shown(self, index: int, member: int, sample: Tensor) -> PromptImage | list[float] | None:
-        """What a report shows of a sample: an image, or a point's coordinates; None for nothing."""
+        """What a report shows of a sample: a point's coordinates, or an image in grey or colours; None for nothing."""
         if sample.ndim == 1:
             most = max(1, _POINTS // len(self.prompts))
             return [round(float(one), 4) for one in sample] if index < _POINTS and member < most else None
-        return _image(sample) if index < _PICTURED and member < _EACH else None
+        is_image = sample.ndim == 3 and len(sample) in (1, 3)
+        return _image(sample) if is_image and index < _PICTURED and member < _EACH else None
 
     def _rewarded(self, made: Sequence[_Sample]) -> dict[str, Any]:
         """The estimates of rewards and their parts, over prompts."""

@@ -93,3 +93,16 @@ class VelocityModel(Protocol):
     def save(self, folder: Path) -> None:
         """Writes it into an empty folder, as `retort.flows.load.open_flow` opens it."""
         ...
+
+
+@runtime_checkable
+class ChecksTexts(Protocol):
+    """A velocity model that can tell at no cost which prompts it cannot read, so that a run need not begin with one."""
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Reads prompts, and keeps nothing of them.
+
+        Raises:
+            UserError: As `VelocityModel.condition`.
+        """
+        ...

@@ -93,6 +93,11 @@ def open_flow(
         found = _adapted(label, folder, device=device, height=height, width=width, base=base)
     elif _is_small(folder):
         found = _small(label, folder, device, (height, width))
+    elif folder.is_dir() and (folder / CONFIG).exists() and not (folder / folders.INDEX).exists():
+        raise UserError(
+            f"{label}: no flow model is in that folder: neither {folders.INDEX} of a diffusers pipeline nor '{KEY}' in "
+            f"{CONFIG}"
+        )
     else:
         from retort.flows.pipeline import PipelineFlow
 

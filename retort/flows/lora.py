@@ -38,6 +38,8 @@ PROJECTIONS = (
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 #: The file and the prefix by which `load_lora_weights` of diffusers finds an adapter.
 DIFFUSERS_WEIGHTS, _TRANSFORMER = "pytorch_lora_weights.safetensors", "transformer."
+#: Largest `lora_alpha` that is read; an integer of JSON may have any number of digits.
+_MOST_ALPHA = 1e6
 _DOWN, _UP, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 #: Settings of an adapter's folder under which it is more than two factors per layer, or over other weights.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -106,12 +108,13 @@ def _chosen(module: nn.Module, targets: Sequence[str]) -> list[str]:
         ]
         if not found:
             short = sorted({name.rpartition(".")[2] for name in linear} - {ATTENTION})
-            what = (
-                f"no projections of attention by the names of diffusers; its linear layers: {', '.join(short[:20])}"
-                if target == ATTENTION
-                else f"no linear layer '{target}'; {did_you_mean(target, [*short, ATTENTION, ALL_LINEAR])}"
-            )
-            raise UserError(f"lora.targets: the model has {what}")
+            if target == ATTENTION:
+                raise UserError(
+                    "lora.targets: the model has no projections of attention; set lora.targets=all-linear, or name "
+                    f"some of its linear layers: {', '.join(short[:20])}"
+                )
+            known = did_you_mean(target, [*short, ATTENTION, ALL_LINEAR])
+            raise UserError(f"lora.targets: the model has no linear layer '{target}'; {known}")
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 
@@ -173,7 +176,7 @@ def read_factors(label: str, folder: Path) -> dict[str, LowRank]:
     found = dict[str, LowRank]()
     for name in layers:
         down, up = tensors.get(name + _DOWN), tensors.get(name + _UP)
-        if down is None or up is None or down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
+        if down is None or up is None or down.ndim != 2 or up.ndim != 2 or not 0 < len(down) == up.shape[1]:
             raise UserError(f"{label}: {WEIGHTS}: {name} has no two factors that fit; copy the adapter again")
         if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
             raise UserError(f"{label}: {WEIGHTS}: {name} holds NaN or infinity; that adapter is broken")
@@ -195,8 +198,9 @@ def read_settings(label: str, folder: Path) -> dict[str, Any]:
 
 def _scaling(label: str, settings: Mapping[str, Any], rank: int) -> float:
     alpha = settings.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise UserError(f"{label}: {CONFIG}: lora_alpha is {quoted(alpha, 60)}; it must be a number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _MOST_ALPHA:
+        most = f"it must be a number, at most {_MOST_ALPHA:g}"
+        raise UserError(f"{label}: {CONFIG}: lora_alpha is {quoted(alpha, 60)}; {most}")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") is True else rank)
 
 

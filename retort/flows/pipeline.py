@@ -101,7 +101,10 @@ class PipelineFlow:
         found = read_folder(label, name)
         with errors_about(label):
             pipeline = _loaded(label, found).to(device)
-            return PipelineFlow(pipeline, height=height, width=width, source=found.path)
+            try:
+                return PipelineFlow(pipeline, height=height, width=width, source=found.path)
+            except UserError as error:
+                raise UserError(f"{label}: {error}") from None
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -288,7 +291,8 @@ def _check_decoder(pipeline: Any, shape: tuple[int, ...], size: tuple[int, int])
     config = pipeline.vae.config
     if config.get("scaling_factor") is None or config.get("latents_mean") is not None:
         raise UserError(
-            f"a {type(pipeline.vae).__name__} scales each channel of latents by itself; only one factor for all is read"
+            f"its VAE ({type(pipeline.vae).__name__}) has no one factor by which latents are scaled; that "
+            "pipeline cannot be used"
         )
     made = tuple(side * pipeline.vae_scale_factor for side in shape[1:])
     if made != size:

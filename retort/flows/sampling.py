@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def denoise(model: FlowModel, requests: Sequence[FlowRequest], sampling: FlowSam
     Raises:
         RunError: A latent is not finite: the model has diverged.
     """
-    sigmas_L = model.of.sigmas(sampling.steps)
+    sigmas_L = model.sigmas(sampling.steps)
     noise = replace(sampling.noise, sigma_max=float(sigmas_L[1]))
     found: list[Trajectory] = []
     for own in _batches(requests, sampling.batch):
@@ -149,7 +150,7 @@ def samples(model: FlowModel, requests: Sequence[FlowRequest], *, steps: int, ba
     Raises:
         RunError: As `denoise`.
     """
-    sigmas_L = model.of.sigmas(steps)
+    sigmas_L = model.sigmas(steps)
     found: list[Tensor] = []
     for own in _batches(requests, batch):
         latents = _first_states(model, own)
@@ -167,9 +168,21 @@ def decoded(model: FlowModel, latents: Tensor, *, batch: int) -> Tensor:
         model: Whose latents they are.
         latents: [n, ...], n at least 1.
         batch: Latents that are decoded at once.
+
+    Raises:
+        UserError: The model gives no sample for each.
     """
     parts = [latents[start : start + batch].to(model.device) for start in range(0, len(latents), batch)]
-    return torch.cat([model.of.decoded(own).float().cpu() for own in parts])
+    found: list[Tensor] = []
+    for own in parts:
+        made: Any = model.of.decoded(own)  # a caller's own, whatever its types say
+        if not isinstance(made, Tensor) or made.shape[:1] != own.shape[:1]:
+            what = tuple(made.shape) if isinstance(made, Tensor) else f"a {type(made).__name__}"
+            raise UserError(
+                f"{model.name}: its decoded of {len(own)} latents must be a tensor [{len(own)}, ...], not {what}"
+            )
+        found.append(made.float().cpu())
+    return torch.cat(found)
 
 
 def _batches(requests: Sequence[FlowRequest], batch: int) -> Iterator[Sequence[FlowRequest]]:
@@ -179,9 +192,8 @@ def _batches(requests: Sequence[FlowRequest], batch: int) -> Iterator[Sequence[F
 
 def _first_states(model: FlowModel, requests: Sequence[FlowRequest]) -> Tensor:
     """The first states, [n, ...], on the model's device."""
-    kind = next(model.of.module.parameters()).dtype
     drawn = torch.stack([_normal(model, request) for request in requests])
-    return drawn.to(model.device, kind if kind == torch.float64 else torch.float32)
+    return drawn.to(model.device, model.dtype)
 
 
 def _normal(model: FlowModel, request: FlowRequest, *parts: str | int) -> Tensor:
@@ -223,8 +235,12 @@ def _next_states(
     finite = found.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         text = quoted(requests[int((~finite).nonzero()[0])].text)
+        why = (
+            "it does not learn here, so its weights are broken, or flow.guidance is far too large"
+            if model.frozen
+            else "the model has diverged: start again from an earlier checkpoint with a smaller learning rate"
+        )
         raise RunError(
-            f"{model.name}: latents of prompt {text} are not finite after step {step + 1} of {len(sigmas_L) - 1}; the "
-            "model has diverged: start again from an earlier checkpoint with a smaller learning rate"
+            f"{model.name}: latents of prompt {text} are not finite after step {step + 1} of {len(sigmas_L) - 1}; {why}"
         )
     return found

@@ -122,14 +122,24 @@ class SmallFlow:
         """
         words_NV = torch.zeros(len(texts), len(self.config.words))
         for row, text in enumerate(texts):
-            for word in text.split():
-                if word not in self._place:
-                    raise UserError(
-                        f"prompt {quoted(text)}: this model does not know the word '{visible(shortened(word, 40))}'; "
-                        f"{did_you_mean(word, self.config.words)}"
-                    )
-                words_NV[row, self._place[word]] += 1.0
+            for place in self._places(text):
+                words_NV[row, place] += 1.0
         return Condition({"words": words_NV.to(next(self.module.parameters()).device)})
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """See `retort.flows.base.ChecksTexts`."""
+        for text in texts:
+            self._places(text)
+
+    def _places(self, text: str) -> list[int]:
+        """The words of a text, by their place in the settings."""
+        for word in text.split():
+            if word not in self._place:
+                raise UserError(
+                    f"prompt {quoted(text)}: this model does not know the word '{visible(shortened(word, 40))}'; "
+                    f"{did_you_mean(word, self.config.words)}"
+                )
+        return [self._place[word] for word in text.split()]
 
     def velocity(self, latents: Tensor, sigmas_N: Tensor, condition: Condition) -> Tensor:
         """See `VelocityModel`; computed in the dtype of the weights."""

@@ -133,6 +133,15 @@ def _wrong_on_hub(name: str) -> str | None:
     return None
 
 
+def _denoises(folder: Path) -> bool:
+    """Whether a folder holds a flow model, which has no tokenizer of its own."""
+    try:
+        with (folder / "config.json").open("rb") as file:
+            return b'"retort_flow"' in file.read(1_000_000)
+    except OSError:
+        return (folder / "model_index.json").is_file()
+
+
 def read_tokenizer(
     name: str, source: str | InMemoryModel | Server | None, role: str, *, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
@@ -147,6 +156,8 @@ def read_tokenizer(
     location = "" if isinstance(source, InMemoryModel) else locate(label, name, source)
     local = Path(location)
     if location and local.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in local.glob(pattern)):
+        if _denoises(local):
+            raise UserError(f"{label}: a flow model, which denoises and makes no text; name a model of text")
         raise UserError(f"{label}: no tokenizer in that folder; copy the tokenizer's files (tokenizer.json, ...) there")
     with errors_about(f"{label}: its tokenizer"):
         tokenizer: Any = (

@@ -18,6 +18,7 @@ from retort.quantities.gradient_variance import gradient_variance
 from retort.quantities.log_ratio import engine_gap, log_ratio_size, outside_bound
 from retort.quantities.margin import teacher_margin
 from retort.quantities.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
+from retort.quantities.residual import residual_variance, sampled_tail
 from retort.quantities.stored import stored_quantity
 from retort.quantities.units import matched_tokens
 from retort.quantities.variance import student_variance, teacher_variance
@@ -35,7 +36,9 @@ __all__ = [
     "overlap_mass",
     "overlap_ratio",
     "overlap_teacher_mass",
+    "residual_variance",
     "sampled_reverse_kl",
+    "sampled_tail",
     "stored_quantity",
     "student_entropy",
     "student_tail",

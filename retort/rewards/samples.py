@@ -123,8 +123,9 @@ class UserReward:
         """Nothing: the function grades every prompt."""
         return None
 
+    @torch.no_grad()
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Sequence[float]:
-        """See `SampleReward`."""
+        """See `SampleReward`. Whatever the function does to gradients ends with it."""
         try:
             returned = self.function(samples, prompts)
             numbers = [float(one) for one in returned]
@@ -159,9 +160,10 @@ def sample_reward(name: str) -> SampleReward:
         raise UserError(
             f"flow.rewards: no reward {quoted(name)}; {did_you_mean(name, SAMPLE_REWARDS)} (or module:function)"
         )
-    function: Any = imported(name, setting="flow.rewards")
+    wanted = "a function of samples and prompts"
+    function: Any = imported(name, setting="flow.rewards", wanted=wanted)
     if not callable(function):
-        raise UserError(f"flow.rewards = {name}: that cannot be called; name a function of samples and prompts")
+        raise UserError(f"flow.rewards = {name}: that cannot be called; name {wanted}")
     return UserReward(name, function)
 
 

@@ -200,7 +200,11 @@ def name_of(grade: UserGrading) -> str:
     return f"{IN_MEMORY}{name or type(grade).__qualname__}"
 
 
-def imported(task: str, *, setting: str = "task") -> UserGrading:
+#: What a verifier is, in words.
+_VERIFIER = "a function of a prompt and a completion, or an object with a method grade(group)"
+
+
+def imported(task: str, *, setting: str = "task", wanted: str = _VERIFIER) -> UserGrading:
     """Imports the function, or the object with a method `grade(group)`, that `module:name` names.
 
     The current folder is searched, too, after all others.
@@ -208,6 +212,7 @@ def imported(task: str, *, setting: str = "task") -> UserGrading:
     Args:
         task: The name.
         setting: The setting that has it, for messages.
+        wanted: What it should be, for messages.
 
     Raises:
         UserError: No such module or function, or the module cannot be imported.
@@ -239,10 +244,7 @@ def imported(task: str, *, setting: str = "task") -> UserGrading:
             raise UserError(f"{setting} = {task}: '{module}' ({where}) has no '{part}'; {did_you_mean(part, names)}")
         named = getattr(named, part)
     if not _grades(named):
-        raise UserError(
-            f"{setting} = {task}: that is a {type(named).__name__}; name a function of a prompt and a completion, or "
-            "an object with a method grade(group)"
-        )
+        raise UserError(f"{setting} = {task}: that is a {type(named).__name__}; name {wanted}")
     return cast("UserGrading", named)
 
 

@@ -23,7 +23,7 @@ from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Outcome, Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
 from retort.envs.base import Environment, Episode, FailedEpisode, Reply, SingleTurn
-from retort.envs.behind import BehindExpert
+from retort.envs.behind import AtDrawnTurn, BehindExpert
 from retort.envs.registry import load
 from retort.envs.text import MEASURES
 from retort.errors import UserError
@@ -101,10 +101,14 @@ class EpisodeSetup:
         """Whether a turn may follow the first one."""
         return self.turns != 1 and not isinstance(self.environment, SingleTurn)
 
-    def within(self, curriculum: TurnCurriculum | None, done: int) -> EpisodeSetup:
-        """The same with the horizon of a curriculum after so many batches."""
+    def within(self, curriculum: TurnCurriculum | None, done: int, seed: int = 0) -> EpisodeSetup:
+        """The same with the horizon of a curriculum after so many batches; what it draws is keyed by the seed."""
         if curriculum is None:
             return self
+        if curriculum.kind == "drawn":
+            if isinstance(self.environment, SingleTurn):  # a completion is the one turn that there is
+                return self
+            return replace(self, environment=AtDrawnTurn(self.environment, curriculum.decay, seed, done), turns=1)
         horizon = curriculum.horizon(done)
         if curriculum.kind == "backward":
             return replace(self, environment=BehindExpert(self.environment, horizon))

@@ -82,30 +82,37 @@ class EasyToHard:
 
 @dataclass(frozen=True)
 class TurnCurriculum:
-    """A horizon of turns that grows with the run, for episodes of many turns (TCOD, arXiv 2604.24005).
+    """The turns of an episode that the student plays: a horizon that grows with the run, or one turn that is drawn.
+
+    From TCOD, arXiv 2604.24005, and ReOPD, arXiv 2607.04763 (`drawn`).
 
     Attributes:
         kind: `forward`: the student plays the first turns of an episode, at most so many as the horizon. `backward`: an
             expert plays all turns of its way but the last ones, so many as the horizon, and the student goes on from
-            there to the end; it needs an environment with an expert.
+            there to the end; it needs an environment with an expert. `drawn`: an expert plays the first t turns, and
+            the student the one after them; t is drawn anew for each episode, with odds `decay` to the power of t.
         start: The horizon of the first batch, turns.
         every: Batches from one further turn to the next. (The paper calls this a rate of growth; a larger one grows
             more slowly.)
+        decay: Odds of a turn against those of the one before it, of `drawn`.
     """
 
-    kind: Literal["forward", "backward"] = "forward"
+    kind: Literal["forward", "backward", "drawn"] = "forward"
     start: int = 1
     every: int = 2
+    decay: float = 0.6
 
     def __post_init__(self) -> None:
         if self.start < 1:
             raise UserError(f"turn curriculum: start must be at least 1 turn, not {self.start}")
         if self.every < 1:
             raise UserError(f"turn curriculum: every must be at least 1 batch, not {self.every}")
+        if not 0.0 < self.decay <= 1.0:
+            raise UserError(f"turn curriculum: decay must lie in (0, 1], not {self.decay:g}")
 
     def horizon(self, done: int) -> int:
         """Turns after so many batches; an episode's end, or the length of the expert's way, limits them."""
-        return self.start + done // self.every
+        return 1 if self.kind == "drawn" else self.start + done // self.every
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,8 @@ def plan_summary(plan: RolloutPlan, prompts: int) -> str:
     if plan.curriculum is not None:
         whose = "first turns" if plan.curriculum.kind == "forward" else "turns after an expert's"
         turns = f", {plan.curriculum.start} {whose} and one more every {plan.curriculum.every} batches"
+        if plan.curriculum.kind == "drawn":
+            turns = f", one turn of each episode, after an expert's (odds of {plan.curriculum.decay:g} a turn)"
     under = "" if plan.prompt_view is None else f", written under the prompt of view '{plan.prompt_view}'"
     told = f"{mixed}{replayed}{ordered}{turns}{under}"
     return f"{prompts} prompts x {plan.samples} at temperature {plan.temperature:g}{told}"

@@ -6,7 +6,7 @@ contract of all teachers is `tests/contracts/test_teacher.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -29,13 +29,21 @@ class ScoreRequest:
         needs: The quantities to return for every step, and no more.
         temperature: Temperature of the distributions.
         student_ids_NK: For the need `logp_at`: the student's most likely ids at every step, int64, on the CPU. None
-            where the teacher can give its whole distribution, which then meets that need.
+            where the teacher can give its whole distribution, which then meets that need. For the need `lookahead`
+            they are given to every teacher.
+        ahead_N: For the need `lookahead`: the steps at which it is needed, bool, on the CPU; None: at all.
     """
 
     view: View
     needs: frozenset[Need]
     temperature: float = 1.0
     student_ids_NK: Tensor | None = None
+    ahead_N: Tensor | None = None
+
+    @property
+    def ahead(self) -> int:
+        """The number of candidates after which to look one token ahead; 0 for none."""
+        return most_ahead(self.needs)
 
     @property
     def whole(self) -> bool:
@@ -46,6 +54,11 @@ class ScoreRequest:
         kinds = {need.kind for need in self.needs}
         scored = set[NeedKind]() if self.student_ids_NK is not None else {"logp_at"}
         return not kinds.isdisjoint({"dense", "hidden", "spans"} | scored)
+
+
+def most_ahead(needs: Iterable[Need]) -> int:
+    """The number of the student's ids after which the needs look one token ahead; 0 for none."""
+    return max((need.k for need in needs if need.kind == "lookahead"), default=0)
 
 
 class Teacher(Protocol):
@@ -138,6 +151,7 @@ def view_signals(
     needs: Callable[[str], frozenset[Need]],
     temperature: float,
     student_ids: Callable[[int], Tensor],
+    student_entropy: Callable[[], Tensor] | None = None,
 ) -> dict[str, TeacherSignal]:
     """Returns every view's signal about some rollouts, checked to be about their very tokens.
 
@@ -148,7 +162,9 @@ def view_signals(
         needs: Gives the needs of a view's teacher.
         temperature: Temperature of the distributions.
         student_ids: Gives the student's k most likely ids at every step, [N, K]. Called once where a teacher without a
-            whole distribution has to score them, and else not at all.
+            whole distribution has to score them or some teacher looks ahead, and else not at all.
+        student_entropy: Gives the student's entropy at every step, nats, [N], to look ahead only where that is needed.
+            None: everywhere. Called once where some teacher looks ahead.
 
     Raises:
         SignalError: A signal is about other tokens or ids, or lacks a need.
@@ -158,10 +174,12 @@ def view_signals(
     most = max(counts.values(), default=0)
     ids_NK = student_ids(most) if most else None
     tokens_N = Pack.of([rollout for group in groups for rollout in group]).steps.tokens_N
+    above = min((need.above for own in asked.values() for need in own if need.kind == "lookahead"), default=None)
+    ahead_N = None if above is None or student_entropy is None else student_entropy().cpu() > above
     found: dict[str, TeacherSignal] = {}
     for name, view in views.items():
         own_NK = ids_NK[:, : counts[name]] if ids_NK is not None and counts[name] else None
-        signal = teachers[name].score(groups, ScoreRequest(view, asked[name], temperature, own_NK))
+        signal = teachers[name].score(groups, ScoreRequest(view, asked[name], temperature, own_NK, ahead_N))
         signal.check_tokens(tokens_N)
         if own_NK is not None:
             signal.check_ids(own_NK)
@@ -174,6 +192,7 @@ def view_signals(
 
 def _given_ids(teacher: Teacher, needs: frozenset[Need]) -> int:
     """The number of the student's ids that a teacher has to get at every step."""
+    ahead = most_ahead(needs)
     if not teacher.capabilities.isdisjoint({"dense", "spans"}):
-        return 0
-    return max((need.k for need in needs if need.kind == "logp_at"), default=0)
+        return ahead
+    return max((need.k for need in needs if need.kind == "logp_at"), default=ahead)

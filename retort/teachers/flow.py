@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from retort.core.gaussian import Gaussian as GaussianPolicy
 from retort.core.needs import Capability
 from retort.core.rollouts import Group
@@ -13,6 +15,9 @@ from retort.flows.model import FlowModel
 from retort.flows.steps import DecidedSteps, gaussian_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.view import View
+
+#: Denoising steps whose noise levels two models must share.
+_COMPARED = 10
 
 
 class FlowTeacher:
@@ -85,4 +90,12 @@ def refuse_other_flow(student: FlowModel, teacher: FlowModel) -> None:
         raise UserError(
             f"{teacher.name} cannot teach {student.name}: its latents have shape {teacher.of.latent_shape}, the "
             f"student's {student.of.latent_shape}; give both the same height and width"
+        )
+    mine, theirs = student.sigmas(_COMPARED), teacher.sigmas(_COMPARED)
+    if not torch.allclose(mine, theirs, rtol=0.0, atol=1e-6):
+        step = int((mine - theirs).abs().argmax())
+        raise UserError(
+            f"{teacher.name} cannot teach {student.name}: of {_COMPARED} steps, step {step + 1} is at noise level "
+            f"{float(theirs[step]):g}, the student's at {float(mine[step]):g}; step by step only models of one "
+            "schedule can be compared"
         )

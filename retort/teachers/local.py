@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -14,10 +15,12 @@ from retort.core.needs import Need, NeedKind
 from retort.core.per_token import in_blocks
 from retort.core.rollouts import Group, Pack
 from retort.core.sequences import TokenSequence
-from retort.core.signals import Candidates, Dense, Factors, Sampled, TeacherSignal, TopK
+from retort.core.signals import Ahead, Candidates, Dense, Factors, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError
+from retort.models.branches import branch_states
 from retort.models.lm import LanguageModel
 from retort.teachers.base import ScoreRequest
+from retort.teachers.lookahead import look_ahead, their_ids
 from retort.teachers.reader import Prompts, Reader
 
 #: Sequences -> hidden states at their decided tokens, end to end, [N, D].
@@ -27,7 +30,7 @@ States = Callable[[Sequence[TokenSequence]], Tensor]
 class LocalTeacher(Reader):
     """A frozen model in this process; it meets any need but text."""
 
-    capabilities: frozenset[NeedKind] = frozenset({"dense", "hidden"})
+    capabilities: frozenset[NeedKind] = frozenset({"dense", "hidden", "lookahead"})
     lm: LanguageModel
 
     def __init__(self, lm: LanguageModel, *, states: States | None = None, **settings: Any) -> None:
@@ -74,7 +77,33 @@ class LocalTeacher(Reader):
         dense = self.dense(pack.steps.tokens_N, hidden_ND, request.temperature, unchanged)
         valid_N = prompts.valid_N(pack)
         dense = replace(dense, valid_N=None if valid_N is None else valid_N.to(self.lm.device), counts=prompts.counts)
-        return dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
+        found = dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
+        return found if not request.ahead else self._ahead(found, pack, prompts, request, unchanged)
+
+    def _ahead(
+        self, found: TeacherSignal, pack: Pack, prompts: Prompts, request: ScoreRequest, head: Callable[[], Head]
+    ) -> Ahead:
+        """The signal with a look one token ahead beside it."""
+        if request.student_ids_NK is None:
+            raise SignalError(f"{self.name}: to look ahead it must be given the student's most likely ids")
+        ids_NK = request.student_ids_NK[:, : request.ahead]
+        valid_N, chosen_N = prompts.valid_N(pack), request.ahead_N
+        chosen_N = torch.ones(len(pack), dtype=torch.bool) if chosen_N is None else chosen_N
+        read_N = torch.ones_like(chosen_N) if valid_N is None else valid_N
+        with self.lm.scoring():
+            sure_NK = look_ahead(
+                self.sequences(pack, prompts),
+                their_ids(self.alignment, ids_NK[read_N]),
+                chosen_N[read_N],
+                # Branches are read once and never again, so states are not looked for in a cache.
+                lambda sequences, forks: branch_states(self.lm, sequences, forks, self.batch_tokens),
+                lambda tokens_B, hidden_BD: self.dense(tokens_B, hidden_BD, request.temperature, head),
+                self.lm.context,
+            )
+        everywhere_NK = torch.full(ids_NK.shape, math.nan, dtype=sure_NK.dtype)
+        everywhere_NK[read_N] = sure_NK
+        device = found.tokens_N.device
+        return Ahead.beside(found, ids_NK.to(device), everywhere_NK.to(device))
 
     def dense(self, tokens_N: Tensor, hidden_ND: Tensor, temperature: float, head: Callable[[], Head]) -> Dense:
         """The whole distribution at some steps, of which nothing is computed before it is read.

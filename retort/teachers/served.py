@@ -30,7 +30,7 @@ class ServedTeacher(LocalTeacher):
             SignalError: Its numbers are not finite, or about something else.
             UnreachableError: The server gave no usable answer within the patience of its client.
         """
-        if request.whole or not isinstance(self.alignment, SameIds) or self.alignment.stops:
+        if request.whole or request.ahead or not isinstance(self.alignment, SameIds) or self.alignment.stops:
             return super().score(groups, request, head=head)
         pack = Pack.of([rollout for group in groups for rollout in group])
         prompts = self.prompts(pack, request.view)

@@ -84,7 +84,7 @@ class Run:
         self._claim = Claim(self.folder) if self.world.leads else NoClaim(self.folder)
         self.observer = self.observer if self.world.leads else Silent()
         self._identity = self.output.identity()
-        self._go_on = going_on(self.prepared.config, self.folder)
+        self._go_on = going_on(self.prepared.config, self.folder, self.output.example)
         self.prepared.spread(lambda text: self.observer.note(text))
 
     @property
@@ -130,7 +130,7 @@ class Run:
             self.observer.summary(self.output.summary(), self.prepared.notes)
             config = self.prepared.config
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
-            with contextlib.closing(tracker), self._interrupted:
+            with contextlib.closing(tracker), contextlib.closing(self.prepared), self._interrupted:
                 self._train(tracker)
             self._call("on_end")
         except KeyboardInterrupt:  # This is the second signal.
@@ -144,10 +144,10 @@ class Run:
         self.results = evaluations.results
         if not evaluations:
             self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
-        self._evaluate_first(evaluations)
         with self._safe():
+            self.prepared.begin(self.observer.note)
             self.probes.catch_up(*self.prepared.at(self.step))
-
+        self._evaluate_first(evaluations)
         while self.step < self.prepared.steps and not self._ended():
             metrics, scores = self._one_step(tracker), None
             if evaluations.due(self.step):
@@ -255,7 +255,7 @@ class Run:
         return timed()
 
     def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:
-        return ask(self.teachers, method, groups, needs, self.learner.top_ids, self.world)
+        return ask(self.teachers, method, groups, needs, self.learner, self.world)
 
     def _completions(self, method: Method, probe: Probe, clock: Clock) -> list[Group]:
         return self.teachers.with_passages(method, in_groups(self.source.probed(method.rollout, probe, clock)))

@@ -16,6 +16,7 @@ from retort.rewards.user import IN_MEMORY
 from retort.train.events.observe import Observer, Silent
 from retort.train.flows.output import FlowOutput
 from retort.train.flows.prepare import decides_latents, prepare_flow
+from retort.train.flows.settings import refuse_flow_settings
 from retort.train.given.given import CallerObjects
 from retort.train.output.base import Output
 from retort.train.output.text import TextOutput
@@ -175,6 +176,7 @@ def _made(
     """
     if decides_latents(config, method, caller_objects):
         return FlowOutput(prepare_flow(config, method, caller_objects))
+    refuse_flow_settings(config)
     prepared = prepare(config, method, caller_objects, asks=asks)
     if starts:
         need_scores(prepared)

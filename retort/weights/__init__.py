@@ -1,10 +1,12 @@
 """Weights of steps: gates, and weights made of quantities.
 
-Some exports are no weights: `Confidence` and `Zones` make several parts from one statistic, `position_weights` and
-`effective_sample_size` are functions of tensors. Four modules serve a single method each and are not exported here:
-`agreement` (UniSD), `calibration` (Uni-OPD), `direction` (DASD) and `privilege` (DOPD).
+Some exports are no weights: `acceptance_probability` is a quantity, `Confidence` and `Zones` make several parts from
+one statistic, `position_weights` and `effective_sample_size` are functions of tensors. Four modules serve a single
+method each and are not exported here: `agreement` (UniSD), `calibration` (Uni-OPD), `direction` (DASD) and `privilege`
+(DOPD).
 """
 
+from retort.weights.acceptance import acceptance_probability, accepted
 from retort.weights.confidence import Confidence
 from retort.weights.contract import on_contract
 from retort.weights.corrections import effective_sample_size, engine_correction
@@ -19,6 +21,8 @@ __all__ = [
     "Confidence",
     "Zones",
     "above",
+    "acceptance_probability",
+    "accepted",
     "after",
     "below",
     "both",

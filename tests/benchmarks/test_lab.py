@@ -31,9 +31,13 @@ def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(l
     several = {own["method"]["name"] for own in importlib.import_module("debaters").METHODS.values()}
     looking = {entry.method for entry in lab.BENCHES["shapes"].entries().values()}
     denoising = {entry.method for entry in lab.BENCHES["glyphs"].entries().values()}
+    newer = {entry.method for entry in lab.BENCHES["beyond"].entries().values()}
+    playing = {entry.method for entry in lab.BENCHES["agents"].entries().values()}
     everybody = taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking | denoising
-    assert everybody == set(registry.names())
-    assert denoising == set(registry.names()) - set(registry.for_tokens())
+    assert everybody | newer | playing == set(registry.names())
+    assert newer & taking_part["lab"] == {"opd", "eopd"}  # controls
+    assert denoising - set(registry.for_tokens()) == set(registry.names()) - set(registry.for_tokens())
+    assert denoising & set(registry.for_tokens()) == {"sod"}, "its term of rewards alone is GRPO"
     assert looking - taking_part["lab"] == {"va_opd"}
     assert several == {"mad_opd", "mt_opd", "opad"}
     assert several.isdisjoint(taking_part["lab"] | taking_part["lab-itself"])
@@ -93,6 +97,46 @@ def _looked(method: str, seed: int, right: float, changed: float) -> dict[str, A
     return {
         "method": method, "seed": seed, "before": before, "after": after, "teacher": None, "tokens": 9000,
         "seconds": 20.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("bench", "pictures"), [("glyphs", 32), ("plane", 192)])
+def test_benches_of_flows_sample_as_much_for_everybody(
+    lab: ModuleType, tmp_path: Path, bench: str, pictures: int
+) -> None:
+    jobs = list(lab.jobs(lab.BENCHES[bench], tmp_path, (), 2))
+    assert len({job.folder for job in jobs}) == len(jobs)
+    for job in jobs:
+        config.resolve(config.recipe(bench), job.settings)
+        assert job.settings["rollout"]["prompts"] * job.settings["method"]["samples"] == pictures, job.method
+    assert [job.method for job in jobs if job.settings["eval"]["teacher"]] == ["flow_opd"], "it is evaluated once"
+
+
+def test_the_page_of_a_bench_of_flows(lab: ModuleType) -> None:
+    about = lab.about(lab.BENCHES["glyphs"])
+    rows = [_denoised("flow_opd", seed, 0.8, 0.6) for seed in range(3)]
+    rows += [_denoised("GRPO-mix", seed, 0.7 + 0.01 * seed, 0.5) for seed in range(3)]
+    pages = sys.modules["lab_flows_page"]
+    text = pages.page(pages.GLYPHS, rows, about, [*about])
+    assert "| the mean of the experts | 40.0 | 10.0 | 10.0 | 30.0 |" in text
+    assert "| expert `glyph` | 90.0 | 10.0 | 10.0 | 20.0 |" in text
+    assert "| `flow_opd` | partial | 3 | 70.0 | 35.0 | 80.0 | 60.0 | 0.500 | 9 | 20 |" in text
+    assert "| GRPO-mix | 3 | −9.5 [−10.7, −8.3] | −9.0 [−11.5, −6.5] | −10.0" in text
+
+
+def _denoised(method: str, seed: int, glyph: float, color: float) -> dict[str, Any]:
+    def cells(right: float, other: float) -> dict[str, Any]:
+        wrong = {"value": 0.1}
+        found = {"glyph": {"glyph": {"value": right}, "color": wrong}}
+        return found | {"color": {"glyph": wrong, "color": {"value": other}}}
+
+    after = {"avg@4": (glyph + color) / 2, "reverse_kl": 0.5}
+    domains = {"student before": cells(0.4, 0.3), "student after": cells(glyph, color)}
+    teachers = {"teacher glyph": {}} if method == "flow_opd" and not seed else {}
+    domains |= {who: cells(0.9, 0.2) for who in teachers}
+    return {
+        "method": method, "seed": seed, "before": {"avg@4": 0.35}, "after": after, "teachers": teachers,
+        "by_domain": domains, "curve": [{"step": 60}], "tokens": 9000, "seconds": 20.0,
     }  # fmt: skip
 
 
@@ -234,7 +278,7 @@ def _episodes(method: str, seed: int, success: float) -> dict[str, Any]:
 
 def test_the_page_of_agents_has_success_and_the_divergence_by_turn(lab: ModuleType) -> None:
     jobs = list(lab.jobs(lab.BENCHES["agents"], Path("runs"), (), 1))
-    assert {"opd", "tcod", "sod", "atod"} == {job.settings["method"]["name"] for job in jobs}
+    assert {"opd", "tcod", "reopd", "sod", "atod"} == {job.settings["method"]["name"] for job in jobs}
     assert [job.method for job in jobs if job.settings["method"].get("coef") == 0.0] == ["reward alone"]
     for job in jobs:
         settings = config.resolve(config.recipe("rooms"), job.settings)

@@ -37,7 +37,7 @@ def test_eval_measures_rewards_by_domain_and_the_distance_to_a_teacher(capsys: p
         (["eval.top_p=0.5"], "retort eval does not read 'eval.top_p'"),
         (["flow.rewards=[]"], "nothing is measured: name rewards"),
         (["--teacher", "glyphs:glyph"], "glyphs:glyph cannot teach plane:student: its architecture is"),
-        (["flow.rewards=[\"glyph\"]"], "reward 'glyph' finds nothing to grade by"),
+        (['flow.rewards=["glyph"]'], "reward 'glyph' finds nothing to grade by"),
     ],
 )
 def test_eval_of_what_cannot_be_measured(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_a_flow_is_known_by_its_folder(
 
 def velocity(flow: VelocityModel) -> torch.Tensor:
     flow.module.double()
-    latents = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return flow.velocity(latents, torch.tensor([0.7, 0.3]).double(), flow.condition(["ring", ""])).detach()
 
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_opened_is_said_in_a_line(base: Path, expert: Path, tmp_p
             open_flow(path, role="teacher", **more)  # type: ignore[arg-type]
         assert str(error.value).startswith(f"teacher {path}: ") and "\n" not in str(error.value)
 
-    refused(base, "flow.height = 32, and this model makes points; leave flow.height out", height=32)
+    refused(base, "flow.height = 32, and this model makes images of 8 x 8 pixels; leave flow.height out", height=32)
     file = expert / "adapter_config.json"
     whole = file.read_text()
     file.write_text(json.dumps({**json.loads(whole), "base_model_name_or_path": None}))

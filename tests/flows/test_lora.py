@@ -19,7 +19,7 @@ from retort.flows.small import SmallFlow
 
 
 def predicted(flow: SmallFlow) -> torch.Tensor:
-    latents = torch.randn(3, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    latents = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     sigmas_N = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
     return flow.velocity(latents, sigmas_N, flow.condition(["ring", "", "moon ring"])).detach()
 
@@ -90,9 +90,7 @@ def test_peft_opens_the_folder(tmp_path: Path) -> None:
 def test_a_target_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="^lora.targets: the model has no linear layer 'to_p'; did you mean 'to_[qkv]'"):
         add_lora(small().module, rank=2, alpha=4.0, targets=["to_p"])
-    with pytest.raises(
-        UserError, match="no projections of attention by the names of diffusers; its linear layers: weight"
-    ):
+    with pytest.raises(UserError, match="no projections of attention; set lora.targets=all-linear, .*: weight"):
         add_lora(nn.ModuleDict({"weight": nn.Linear(2, 2)}), rank=2, alpha=4.0)
 
 
@@ -118,6 +116,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "kind": (settings(peft_type="IA3"), "peft_type is 'IA3'"),
     "start": (settings(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     "alpha": (settings(lora_alpha="8"), "lora_alpha is '8'; it must be a number"),
+    "digits": (settings(lora_alpha=10**400), "it must be a number, at most 1e.06"),
     "pickled": (pickled, "adapter_model.bin is pickled, and unpickling can run code"),
     "no settings": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds a list"),
     "no tensors": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "cannot be read"),

@@ -40,10 +40,12 @@ def weights(settings: dict[str, Any], folder: Path) -> bytes:
 @pipeline.models_once()
 def test_a_step_is_the_local_one_to_the_last_bit(name: str, tiny_run: dict[str, Any], url: str, tmp_path: Path) -> None:
     settings = tiny_run | {"method": {"name": name}, "steps": 1, "eval": {"problems": 0}, "checks": "skip"}
-    settings = pipeline.for_method(settings, registry.load(name))  # a second teacher where it asks for one
-    everybody = {"teacher": url} | ({"models": {"teacher_2": {"path": url}}} if "models" in settings else {})
-    if "models" in settings:
-        settings["models"] = {"teacher_2": {"path": settings["teacher"]}}
+    settings = pipeline.for_method(settings, registry.load(name))  # further teachers where it asks for them
+    more = settings.get("models", {})
+    everybody: dict[str, Any] = {"teacher": url}
+    if more:
+        everybody["models"] = {own: {"path": url} for own in more}
+        settings["models"] = {own: {"path": settings["teacher"]} for own in more}
     local, served = weights(settings, tmp_path / "local"), weights(settings | everybody, tmp_path / "served")
     assert served == local
     learnt = load_model(str(tmp_path / "local" / "model"), role="student", precision="fp32", device=torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Teacher signals of every kind, and their rows for a chunk of steps."""
 
 from retort.core.distribution import as_compute
+from retort.core.signals.ahead import Ahead
 from retort.core.signals.base import SignalRows, TeacherSignal
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
@@ -13,6 +14,7 @@ from retort.core.signals.units import Units
 __all__ = [
     "LONGEST_UNIT",
     "SPAN_KINDS",
+    "Ahead",
     "Candidates",
     "Dense",
     "Differing",

@@ -34,6 +34,8 @@ class SignalRows:
     by_unit: bool = False
     #: How far several teachers differ, [C], see `Differing`.
     differ_N: Tensor | None = None
+    #: The student's ids, and how sure the teacher would be after each, [C, K] both, see `Ahead`.
+    ahead: tuple[Tensor, Tensor] | None = None
 
     def _missing(self, what: str) -> SignalError:
         return SignalError(f"{self.source}: its signal ({type(self).__name__}) has no {what}")
@@ -91,6 +93,15 @@ class SignalRows:
         if self.differ_N is None:
             raise self._missing("disagreement of several teachers")
         return self.differ_N
+
+    def confidence_ahead(self, k: int) -> tuple[Tensor, Tensor]:
+        """The student's `k` most likely ids and the teacher's largest probability after each, [C, K]; NaN: not asked.
+
+        Fewer than `k` where there are fewer ids.
+        """
+        if self.ahead is None:
+            raise self._missing("look one token ahead")
+        return self.ahead[0][:, :k], self.ahead[1][:, :k]
 
     @property
     def units(self) -> Units:

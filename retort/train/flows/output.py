@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from retort.config import Config
+from retort.core.needs import Need
 from retort.core.random_streams import permutation
 from retort.core.signals import TeacherSignal
 from retort.core.trajectory import Trajectory
@@ -41,10 +42,12 @@ class FlowOutput:
     Attributes:
         prepared: The parts of the run.
         decides: See `Output`.
+        example: See `Output`.
     """
 
     prepared: FlowPrepared
     decides: str = "denoising_steps"
+    example: str = "model"
 
     def with_config(self, config: Config) -> FlowOutput:
         """See `Output`."""
@@ -106,7 +109,7 @@ class FlowOutput:
         guided = "" if flow.guidance == 1 else f", guidance {flow.guidance:g}"
         windowed = "all but the last" if flow.window is None else f"{flow.window} neighbours"
         needs = {
-            view: ", ".join(str(need) for need in sorted(wanted(method, view, teacher.capabilities)))
+            view: ", ".join(map(_asked, sorted(wanted(method, view, teacher.capabilities))))
             for view, teacher in prepared.teachers.behind(method).items()
         }
         return {
@@ -194,6 +197,11 @@ class FlowOutput:
 
 def _words(identity: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in sorted(identity.items()))
+
+
+def _asked(need: Need) -> str:
+    """What is asked of a teacher, in the words of denoising steps."""
+    return str(need).replace("the sampled token", "the next latent")
 
 
 def _short(value: float) -> float | str | None:

@@ -110,6 +110,10 @@ class FlowRound(Round):
         rows = self.batch.steps.select(self.own_N).to(passes.model.device)
         with watch("student"):
             one = passes.latent_pass(self.batch, self.own_N, steps)
+        if not one.policy.mean_ND.requires_grad:
+            raise UserError(
+                f"student {passes.model.name}: its velocity has no gradient; compute it without detach() and no_grad()"
+            )
         with watch("loss"):
             loss, values = one(every, rows, self.batch.clock, lambda found, chosen: part(found, chosen)[0])
         assert loss is not None

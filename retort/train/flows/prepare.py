@@ -12,8 +12,8 @@ import torch
 
 from retort import registry
 from retort.config import Config
+from retort.config.flow import FlowSection
 from retort.core.rollouts import Prompt
-from retort.core.steps import Clock
 from retort.core.trajectory import Noise
 from retort.errors import UserError
 from retort.flows.load import is_adapter, is_flow, open_flow
@@ -28,6 +28,7 @@ from retort.rewards.samples import SampleGrader
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.flow import FlowTeacher, refuse_other_flow, refuse_other_prompts
 from retort.train.events import tracking
+from retort.train.flows.checks import check_learns, check_prompts
 from retort.train.flows.cold_start import Examples, maker, with_examples
 from retort.train.flows.passes import FlowPasses, flow_rounds
 from retort.train.flows.settings import own_settings
@@ -38,6 +39,7 @@ from retort.train.models.models import device_for, located
 from retort.train.models.several import several
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, fit_steps, paper_settings, step_count
+from retort.train.setup.phases import Phased
 from retort.train.setup.prompts import read_prompts
 from retort.train.teaching.teachers import Teachers
 
@@ -46,7 +48,7 @@ FLOW_DATA = ("plane", "glyphs")
 
 
 @dataclass(frozen=True, eq=False)
-class FlowPrepared:
+class FlowPrepared(Phased):
     """The parts of a run before its first step; `retort.train.output.base.Parts` describes them.
 
     Attributes:
@@ -82,17 +84,17 @@ class FlowPrepared:
         """Number of batches of trajectories in the run."""
         return step_count(self.config, len(self.source.prompts))
 
-    @property
-    def phases(self) -> list[tuple[int, Method]]:
-        """The step at which each method of the run begins."""
-        before = self.method.before
-        return [(0, self.method)] if before is None else [(0, before[1]), (before[0], self.method)]
-
     def spread(self, say: Callable[[str], None]) -> None:
         """A flow model learns in one process."""
 
     def open(self, folder: Path, step: Callable[[], int]) -> None:
         """Asks no model in words, and keeps nothing."""
+
+    def begin(self, say: Callable[[str], None]) -> None:
+        """Starts nothing: trajectories are made in this process."""
+
+    def close(self) -> None:
+        """Has started nothing."""
 
     def metrics(self) -> dict[str, float]:
         """Numbers of a step that the teachers counted."""
@@ -107,14 +109,6 @@ class FlowPrepared:
             UserError: Always.
         """
         raise UserError("prompts are ordered by how hard they are for students of text only; switch the order off")
-
-    def at(self, step: int) -> tuple[Method, Clock]:
-        """The current method after so many batches, and the clock."""
-        phases = self.phases
-        number = max(index for index, (begins, _) in enumerate(phases) if begins <= step)
-        end = phases[number + 1][0] if number + 1 < len(phases) else self.steps
-        begins, method = phases[number]
-        return method, Clock(step, end, begins, seed=self.config.seed, longest=self.source.limit)
 
 
 def decides_latents(config: Config, method: Method | None, caller_objects: CallerObjects) -> bool:
@@ -133,7 +127,7 @@ def decides_latents(config: Config, method: Method | None, caller_objects: Calle
     place = located(name)
     if Path(place).exists():
         return is_flow(place)
-    return bool(config.flow.model_fields_set) or (method or registry.load(**config.method)).needs_latents
+    return config.flow != FlowSection() or (method or registry.load(**config.method)).needs_latents
 
 
 def prepare_flow(config: Config, method: Method | None, caller_objects: CallerObjects) -> FlowPrepared:
@@ -166,6 +160,8 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
     train, held_out = read_prompts(config, data, notes, caller_objects)
     grader = _grader(config, method, [*train, *held_out])
     config = fit_steps(config, method, len(train), notes)
+    if config.lora.rank and not config.set_by_user("lora.targets"):
+        config = config.changed("lora.targets", [ATTENTION])
     notes[:0] = paper_settings(config, method)
     models = _models(config, pair.model_paths(config, method, student, teacher), caller_objects)
     own = models["student"]
@@ -179,6 +175,8 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
                 "use combine = route"
             )
         teachers["teacher"] = several(config.teachers, teachers, [*train, *held_out], grader)  # pyright: ignore
+    check_learns(own)
+    check_prompts(models, [*train, *held_out], teachers.get("teacher"))
     return FlowPrepared(
         config=config,
         method=method,
@@ -283,7 +281,7 @@ def _models(config: Config, paths: Mapping[str, str], caller_objects: CallerObje
             else opened(name, path, student.of)
         )
         refuse_other_flow(student, model)
-        if not again and model.digest() == student.digest():
+        if not again and model.parameters and model.digest() == student.digest():
             raise UserError(f"{name} {path} holds the same weights as the student, so it would teach nothing")
         found[name] = model
     if config.lora.rank:
@@ -292,7 +290,7 @@ def _models(config: Config, paths: Mapping[str, str], caller_objects: CallerObje
             student.of.module,
             rank=lora.rank,
             alpha=lora.alpha or 2.0 * lora.rank,
-            targets=lora.targets if config.set_by_user("lora.targets") else (ATTENTION,),
+            targets=lora.targets,
             rslora=lora.rslora,
             seed=config.seed,
             name=located(student.name),

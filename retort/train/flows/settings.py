@@ -14,6 +14,20 @@ _READ = (
 )
 
 
+def refuse_flow_settings(config: Config) -> None:
+    """Refuses settings of denoising steps for a student of text, which reads none of them.
+
+    Raises:
+        UserError: The user set one; the message names it.
+    """
+    plain: Config = Config()
+    for key in keys():
+        if key.startswith("flow.") and config.set_by_user(key) and config.value(key) != plain.value(key):
+            raise UserError(
+                f"{key} is for students that decide denoising steps, and {config.student} decides tokens; leave it out"
+            )
+
+
 def own_settings(config: Config) -> Config:
     """The settings of a run of denoising steps, without what a method's paper says of settings for text alone.
 

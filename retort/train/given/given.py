@@ -196,9 +196,15 @@ class CallerObjects:
             write_bytes(folder / ROWS[setting][1], rows.content)
 
 
-def going_on(config: Config, folder: Path) -> str:
-    """The command that resumes a run, or the Python call where the run was given objects."""
-    again = [_again(name) for name, path in config.model_paths.items() if path == in_memory(name)]
+def going_on(config: Config, folder: Path, example: str = "(model, tokenizer)") -> str:
+    """The command that resumes a run, or the Python call where the run was given objects.
+
+    Args:
+        config: The settings of the run.
+        folder: Its folder.
+        example: What a model is given as.
+    """
+    again = [_again(name, example) for name, path in config.model_paths.items() if path == in_memory(name)]
     again += ["method=..."] if config.own_method else []
     again += ["verifier=..."] if str(config.task or "").startswith(IN_MEMORY) else []
     if not again:
@@ -241,6 +247,8 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
             found[name] = in_memory(model)
             if isinstance(thing, VelocityModel):
                 flows[in_memory(model)] = thing
+            elif hasattr(thing, "velocity"):
+                raise UserError(f"{model}: a {type(thing).__name__} is no velocity model: it has no {_lacking(thing)}")
             else:
                 models[in_memory(model)] = InMemoryModel.from_pair(model, thing)
         else:
@@ -256,14 +264,19 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     return found, CallerObjects(models, rows, None if isinstance(grade, str) else grade, flows)
 
 
+def _lacking(thing: object) -> str:
+    """What an object lacks to be a velocity model."""
+    wanted = ("module", "latent_shape", "identity", "condition", "velocity", "sigmas", "decoded", "save")
+    return ", ".join(name for name in wanted if not hasattr(thing, name))
+
+
 def in_memory(name: str) -> str:
     """The placeholder of a model that was given as an object."""
     return f"{IN_MEMORY}{name}"
 
 
-def _again(name: str) -> str:
+def _again(name: str, example: str = "(model, tokenizer)") -> str:
     """The argument that gives a model again."""
-    example = "(model, tokenizer)"
     return f"{name}={example}" if name in SHORTHANDS else f"models={{{name!r}: {example}}}"
 
 

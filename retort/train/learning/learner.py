@@ -137,6 +137,10 @@ class Learner:
         """See `Passes.top_ids`."""
         return self.passes.top_ids(method, Pack.of([rollout for group in groups for rollout in group]), k)
 
+    def entropies(self, method: Method, groups: Sequence[Group]) -> Tensor:
+        """See `Passes.entropies`."""
+        return self.passes.entropies(method, Pack.of([rollout for group in groups for rollout in group]))
+
     def evaluator(self, batch: Batch) -> scoring.Evaluate:
         """Evaluates functions of the context on a batch, with the student as it is now."""
         return self.passes.evaluator(batch)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from retort.core.context import Context
 from retort.core.definition import Values
 from retort.core.per_token import Core, per_token
 from retort.core.rollouts import Pack
@@ -131,7 +132,6 @@ class Passes:
                     fill(found, batch.pack, chosen, per_token(core, hidden_ND))
         return batch.share.columns(found, len(batch.pack))
 
-    @torch.no_grad()
     def top_ids(self, method: Method, pack: Pack, k: int) -> Tensor:
         """The student's `k` most likely ids at every step: int64 [N, K] on the CPU, most likely first.
 
@@ -139,16 +139,27 @@ class Passes:
         the loss; fewer than `k` where student and teachers share fewer. Costs a forward pass. All ranks ask together,
         each about a pack of its own.
         """
-        bare = Batch(method, pack, pack.steps, {}, Clock())
         ids_NK = torch.zeros(len(pack), min(k, self.vocab), dtype=torch.long)
+        self._told(method, pack, ids_NK, lambda context: context.student.topk(k)[0])
+        return ids_NK
+
+    def entropies(self, method: Method, pack: Pack) -> Tensor:
+        """The student's entropy at every step, nats: [N] on the CPU. Otherwise as `top_ids`."""
+        entropy_N = torch.zeros(len(pack))
+        self._told(method, pack, entropy_N, lambda context: context.student.entropy())
+        return entropy_N
+
+    @torch.no_grad()
+    def _told(self, method: Method, pack: Pack, into: Tensor, number: Callable[[Context], Tensor]) -> None:
+        """Writes a number of the student's own at every step of a pack."""
+        bare = Batch(method, pack, pack.steps, {}, Clock())
         with self.lm.whole():
             for chosen in self.micro_batches(pack, range(len(pack.rollouts))):
                 hidden_ND = self.hidden(pack, chosen)
                 index_N = pack.steps_in(chosen)
                 with self.lm.compute():
-                    core = self.core(bare, index_N, lambda context: {"ids": context.student.topk(k)[0]})
-                    ids_NK[index_N] = per_token(core, hidden_ND)["ids"].cpu()
-        return ids_NK
+                    core = self.core(bare, index_N, lambda context: {"told": number(context)})
+                    into[index_N] = per_token(core, hidden_ND)["told"].cpu().to(into.dtype)
 
     def evaluator(self, batch: Batch) -> Evaluator:
         """A `retort.loss.scoring.Evaluate` of this batch, with other stored values or another clock."""

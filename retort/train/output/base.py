@@ -142,6 +142,14 @@ class Parts(Protocol):
         """Has kept in a run's folder what is asked of a model."""
         ...
 
+    def begin(self, say: Callable[[str], None]) -> None:
+        """Starts what works beside this process, before the first batch; `say` takes a line for the user."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the run started beside itself."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """Numbers of a step that the parts counted."""
         ...
@@ -192,6 +200,11 @@ class Output(Protocol):
     @property
     def decides(self) -> str:
         """What the student decides, many of them, as a metric is named: `tokens`."""
+        ...
+
+    @property
+    def example(self) -> str:
+        """What a model is given as, where a caller gives an object: `(model, tokenizer)`."""
         ...
 
     @property

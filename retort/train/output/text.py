@@ -46,10 +46,12 @@ class TextOutput:
     Attributes:
         prepared: The parts of the run.
         decides: See `Output`.
+        example: See `Output`.
     """
 
     prepared: Prepared
     decides: str = "tokens"
+    example: str = "(model, tokenizer)"
 
     def with_config(self, config: Config) -> TextOutput:
         """See `Output`."""

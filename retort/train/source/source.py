@@ -254,7 +254,7 @@ class Source:
         self, method: Method, chosen: Sequence[Visit], longest: int, version: int, clock: Clock
     ) -> list[Rollout]:
         plan, tasks = method.rollout, list[Task]()
-        setup = self.episodes.within(plan.curriculum, clock.done)
+        setup = self.episodes.within(plan.curriculum, clock.done, self.seed)
         for visit in chosen:
             context = self._before(method, visit, longest)
             for member in range(plan.samples):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
@@ -18,12 +20,24 @@ from retort.train.teaching.teachers import Teachers
 Needs = Mapping[str, frozenset[Need]]
 
 
+class Student(Protocol):
+    """Who tells what the student says of its own tokens."""
+
+    def top_ids(self, method: Method, groups: Sequence[Group], k: int) -> Tensor:
+        """Its most likely ids at the steps of some groups, see `Teachers.score`."""
+        ...
+
+    def entropies(self, method: Method, groups: Sequence[Group]) -> Tensor:
+        """Its entropy there, nats, [N], on the CPU."""
+        ...
+
+
 def ask(
     teachers: Teachers,
     method: Method,
     groups: Sequence[Group],
     needs: Needs,
-    top_ids: Callable[[Method, Sequence[Group], int], Tensor],
+    student: Student,
     world: World,
 ) -> dict[str, TeacherSignal]:
     """What the teachers say about this rank's share of a batch, with counts of the whole batch.
@@ -33,14 +47,19 @@ def ask(
         method: Whose views.
         groups: The whole batch, the same on all ranks.
         needs: What to ask, by view.
-        top_ids: Gives the student's most likely ids at the steps of some groups, see `Teachers.score`.
+        student: Who is learning; asked only where a teacher has to know.
         world: The ranks.
     """
     share = Share.of(groups, world)
     asked = groups[share.groups]
     found: dict[str, TeacherSignal] = {}
     # An error of one rank's teacher, such as a server that is gone, is raised on all of them.
-    world.each(lambda: found.update(teachers.score(method, asked, needs, lambda k: top_ids(method, asked, k))))
+
+    def score() -> None:
+        ids, entropy = partial(student.top_ids, method, asked), partial(student.entropies, method, asked)
+        found.update(teachers.score(method, asked, needs, ids, entropy))
+
+    world.each(score)
     counts = share.counts([signal.counts for signal in found.values()])
     pairs = zip(found.items(), counts, strict=True)
     return {view: replace(signal, counts=counted) for (view, signal), counted in pairs}

@@ -16,7 +16,7 @@ from retort.models.endpoint import Endpoint
 from retort.models.lm import LanguageModel
 from retort.models.stored import StoredModel
 from retort.ranks import World
-from retort.teachers.base import Teacher
+from retort.teachers.base import Teacher, most_ahead
 from retort.teachers.local import LocalTeacher
 from retort.teachers.several import SeveralTeachers
 from retort.teachers.spanned import SpanTeacher
@@ -157,6 +157,12 @@ def stored_models(config: Config, method: Method, paths: Mapping[str, str]) -> d
         raise UserError(
             f"the teachers of method '{writes}' write before they score, and cache.only=true does not load them; set "
             "cache.only=false"
+        )
+    looks = next((phase.name for phase in phases for view in phase.views if most_ahead(phase.needs(view))), None)
+    if looks is not None:
+        raise UserError(
+            f"the teacher of method '{looks}' reads candidates that are not stored, and cache.only=true does not load "
+            "it; set cache.only=false"
         )
     store, found = Store(Path(config.cache.dir), config.cache.limit_bytes), dict[str, Path]()
     for name, path in paths.items():

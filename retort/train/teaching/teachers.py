@@ -95,6 +95,7 @@ class Teachers:
         groups: Sequence[Group],
         needs: Mapping[str, frozenset[Need]],
         student_ids: Callable[[int], Tensor],
+        student_entropy: Callable[[], Tensor] | None = None,
     ) -> dict[str, TeacherSignal]:
         """Has the teachers score every step of some rollouts.
 
@@ -103,11 +104,12 @@ class Teachers:
             groups: The rollouts, grouped by visit to a prompt.
             needs: The needs by view; other views are not scored.
             student_ids: Gives the student's k most likely ids, for teachers that cannot hand over a whole distribution.
+            student_entropy: Gives the student's entropy at every step, to look ahead only where a method asks for it.
         """
         views = {name: view for name, view in method.views.items() if name in needs}
         own = {} if self.cached is None else self.cached.teachers
         asked = {name: own.get(method.views[name].model, other) for name, other in self.behind(method).items()}
-        return view_signals(asked, views, groups, needs.__getitem__, method.temperature, student_ids)
+        return view_signals(asked, views, groups, needs.__getitem__, method.temperature, student_ids, student_entropy)
 
     def all_wanted(self, method: Method) -> list[dict[str, frozenset[Need]]]:
         """All that `wanted` gives at some step, without what a cache would store alike."""

@@ -20,6 +20,8 @@ from retort.errors import UserError
 from retort.flows.model import FlowModel
 from retort.flows.small import SmallFlow
 from retort.train import runner
+from retort.train.flows.prepare import decides_latents
+from retort.train.given.given import CallerObjects
 from retort.train.run import Run
 
 
@@ -160,3 +162,12 @@ def test_a_method_of_denoising_steps_needs_a_student_that_denoises(tmp_path: Pat
     given |= {"method": {"name": "flow_opd"}, "eval": {"problems": 0}}
     with pytest.raises(UserError, match="the student, too, must be a flow model"):
         started(given, tmp_path / "run").go()
+
+
+def test_a_text_run_by_hub_names_stays_one_when_its_settings_are_read_again(tmp_path: Path) -> None:
+    given = configuration.resolve({"student": "Qwen/Qwen3-0.6B", "teacher": "Qwen/Qwen3-4B", "data": "math.jsonl"})
+    configuration.save(given, tmp_path / "config.json")  # every setting is in it, those of flows too
+    again = configuration.read_json(tmp_path / "config.json")
+    assert not decides_latents(again, None, CallerObjects())
+    asked = configuration.resolve({"student": "some/flow", "flow": {"guidance": 4.5}})
+    assert decides_latents(asked, None, CallerObjects()), "a hub name says nothing, and a setting of flows does"

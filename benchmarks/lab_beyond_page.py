@@ -1,0 +1,113 @@
+"""The page of the bench of newer methods, from the rows that `lab.read` returns."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+from lab_itself_page import between
+from lab_page import COLUMNS, LEGEND, WEAK, Rows, anchors, table
+
+#: Whom all others are compared with.
+CONTROLS = ("opd", "eopd")
+#: Curves of the noise of a gradient: title, and name among the metrics.
+NOISE = (
+    ("at a token, exact", "gradient_variance"),
+    ("at a token, of `opd`'s estimator there", "gradient_variance_plain"),
+    ("over all weights, from prompt to prompt", "batch_gradient_variance"),
+)
+INTRO = """# The lab of newer methods
+
+<!-- Written by benchmarks/lab.py --bench beyond; edit benchmarks/lab_beyond_page.py. -->
+
+Methods published after those of the [lab](lab.md), on its task and its models, beside `opd` and `eopd`: the same
+prompts, order and random numbers of a seed, 40 batches of 64 prompts x 4 rollouts, and one learning rate. **Nothing is
+tuned for any method.** `opd2` and `w2s_opd` ask models that the task does not have, which `benchmarks/weaker_models.py`
+trains.
+
+```sh
+python benchmarks/lab.py --bench beyond --out runs/lab-beyond    # runs what is missing; --report only writes this page
+```
+
+"""
+
+
+def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[str]) -> str:
+    """Markdown: the table, best avg@8 first, the differences to the controls within a seed, and the noise."""
+    own = {name: [row for row in rows if row["method"] == name] for name in about}
+    order = sorted(
+        (name for name, found in own.items() if found),
+        key=lambda name: -statistics.mean(row["after"]["avg@8"] for row in own[name]),
+    )
+    done = {name: own[name] for name in order}
+    fewest = min((len(found) for found in done.values()), default=0)
+    weak = f"; n = {fewest} is weak" if fewest <= WEAK else ""
+    missing = sorted(set(wanted) - set(done))
+    notes = [f"`{name}`: {about[name]['note']}." for name in done if about[name]["note"]]
+    parts = [
+        INTRO + measure.in_words(measure.machine("cpu", 1)).replace(", load", "; load") + ".",
+        anchors(rows),
+        table(done, about, COLUMNS),
+        LEGEND.format(weak=weak) + "For `w2s_opd` the teacher is the better one of the weak pair.",
+        *(["Settings other than a paper's defaults: " + " ".join(notes)] if notes else []),
+        *([f"Without a finished run: {', '.join(missing)}."] if missing else []),
+        *(part for control in CONTROLS for part in _against(control, done)),
+        "## Noise of the gradient",
+        "Means over the batches at which it was measured (every tenth) and over seeds, nats squared. What a token adds "
+        "is exact, in the space of logits; the last column is that of whole gradients, from their differences between "
+        "prompts.",
+        _noise(done),
+        "![avg@8 against tokens learnt from, one panel per method](images/lab-beyond-accuracy.svg)",
+        "![pass@k after training, one panel per method](images/lab-beyond-pass-at-k.svg)",
+        "![own entropy against the step, one panel per method](images/lab-beyond-entropy.svg)",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _against(control: str, done: Mapping[str, Rows]) -> list[str]:
+    """Differences within a seed, with intervals, under a heading."""
+    if control not in done:
+        return []
+    lines = [[name, *_difference(done[name], done[control])] for name in done if name != control]
+    return [
+        f"## Against `{control}`",
+        "Within a seed, with 95 % intervals over seeds; none below three seeds. Right answers in points.",
+        measure.markdown(["method", "seeds", "avg@8", "pass@8", "entropy kept, points"], lines),
+    ]
+
+
+def _difference(ours: Rows, theirs: Rows) -> list[Any]:
+    one, other = ({row["seed"]: row for row in rows} for rows in (ours, theirs))
+    both: Sequence[int] = sorted(set(one) & set(other))
+
+    def of(number: Any) -> str:
+        return between([100 * (number(one[seed]) - number(other[seed])) for seed in both])
+
+    return [
+        len(both),
+        of(lambda row: row["after"]["avg@8"]),
+        of(lambda row: row["after"]["pass@8"]),
+        of(lambda row: row["after"]["student_entropy"] / row["before"]["student_entropy"]),
+    ]
+
+
+def _noise(done: Mapping[str, Rows]) -> str:
+    lines = []
+    for name, rows in done.items():
+        found = [_curve(row["folder"], key) for _, key in NOISE for row in [*rows]]
+        cells = [found[at : at + len(rows)] for at in range(0, len(found), len(rows))]
+        lines.append([name, *(_mean([value for own in cell for value in own]) for cell in cells)])
+    return measure.markdown(["method", *(title for title, _ in NOISE)], lines)
+
+
+def _curve(folder: Path, key: str) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [float(row[key]) for row in rows if key in row]
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3g}" if values else "–"
