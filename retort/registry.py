@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import retort.methods
@@ -22,13 +23,13 @@ _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 
 def names() -> list[str]:
     """Names of all published methods, sorted."""
-    return list(_names())
+    return list(_listed_in(tuple((folder, Path(folder).stat().st_mtime_ns) for folder in retort.methods.__path__)))
 
 
 @functools.cache
-def _names() -> tuple[str, ...]:
-    """The same, read from the folder once."""
-    found = pkgutil.iter_modules(retort.methods.__path__)
+def _listed_in(folders: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """The same; the folders are read again when a file has come or gone, which changes their times."""
+    found = pkgutil.iter_modules([folder for folder, _ in folders])
     return tuple(sorted(module.name for module in found if not module.name.startswith("_")))
 
 
@@ -74,7 +75,7 @@ def builder(name: str) -> Callable[..., Method]:
     Raises:
         UserError: Unknown name, with the nearest one.
     """
-    if name not in _names():
+    if name not in names():
         raise UserError(f"unknown method '{name}'; {did_you_mean(name, names())}")
     return getattr(importlib.import_module(f"retort.methods.{name}"), name)
 
@@ -105,7 +106,7 @@ def spread(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: A setting is given twice, or a group has no such setting.
     """
-    return groups_of(builder(name)).spread(settings) if name in _names() else dict(settings)
+    return groups_of(builder(name)).spread(settings) if name in names() else dict(settings)
 
 
 def load(name: str, **settings: Any) -> Method:

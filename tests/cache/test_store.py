@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from subprocess import PIPE
 
+import cache_writers
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -156,31 +156,19 @@ def test_a_full_disk_is_counted_and_loses_nothing(tmp_path: Path, monkeypatch: p
     assert same(store.get(["a", "bb"]), entries("a"))
 
 
-#: Puts entries named by a letter until it is killed, or `count` of them.
-WRITER = """
-import sys, torch
-from pathlib import Path
-from retort.cache.store import Store
-folder, letter, count, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-store = Store(folder, 10**9)
-for number in range(count):
-    keys = [f"{letter}{number}.{place}" for place in range(4)] + [f"both{number}"]
-    store.put("m", {key: {"logp": torch.full((size,), float(number))} for key in keys})
-    print(number, flush=True)
-"""
-
-
-def writer(folder: Path, letter: str, count: int, size: int = 8) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", WRITER, str(folder), letter, str(count), str(size)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+def other(function: Callable[..., None], *arguments: object) -> tuple[BaseProcess, Connection]:
+    """A process that works on a cache, and the line to it."""
+    line, its_line = forked.server().Pipe()
+    process = forked.started(function, *arguments, its_line)
+    its_line.close()
+    return process, line
 
 
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
-    both = [writer(tmp_path, letter, 25) for letter in "xy"]
-    for one in both:
-        one.communicate(timeout=120)
-        assert one.returncode == 0
+    both = [other(cache_writers.write, tmp_path, letter, 25, 8) for letter in "xy"]
+    for one, _ in both:
+        one.join(120)
+        assert one.exitcode == 0
     store = Store(tmp_path, LARGE)
     keys = {f"{letter}{number}.{place}" for letter in "xy" for number in range(25) for place in range(4)}
     found = store.get([*keys, *(f"both{number}" for number in range(25))])
@@ -190,47 +178,26 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
     assert store.size == sum(path.stat().st_size for path in shards(store))
 
 
-#: Opens new caches at the moment at which another process opens them: each waits for the other's line before each.
-OPENER = """
-import sys
-from pathlib import Path
-from retort.cache.store import Store
-for number in range(int(sys.argv[2])):
-    print(number, flush=True)
-    sys.stdin.readline()
-    Store(Path(sys.argv[1]) / str(number), 10**9).size
-"""
-
-
 def test_two_processes_open_a_new_cache_at_once(tmp_path: Path) -> None:
-    count, words = 40, [sys.executable, "-c", OPENER, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    both = [
-        subprocess.Popen([*words, str(count)], env=environment, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
-        for _ in range(2)
-    ]
-    for _ in range(count):
-        for one in both:
-            assert one.stdout is not None
-            if not one.stdout.readline():
-                pytest.fail(one.communicate()[1])
-        for one in both:
-            assert one.stdin is not None
-            one.stdin.write("\n")
-            one.stdin.flush()
-    for one in both:
-        assert one.communicate(timeout=120)[1] == ""
-        assert one.returncode == 0
+    count = 40
+    both = [other(cache_writers.open_new, tmp_path, count) for _ in range(2)]
+    for number in range(count):
+        assert [line.recv() for _, line in both] == [number, number]
+        for _, line in both:
+            line.send("now")
+    for one, _ in both:
+        one.join(120)
+        assert one.exitcode == 0
 
 
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_process_that_is_killed_while_it_writes_leaves_nothing_half(after: int, tmp_path: Path) -> None:
     """Shards of megabytes, so that most of its time is spent on writing one."""
-    one = writer(tmp_path, "x", 10_000, size=300_000)
-    assert one.stdout is not None
-    done = [int(one.stdout.readline()) for _ in range(after)]
-    one.send_signal(signal.SIGKILL)
-    one.communicate(timeout=60)
+    one, line = other(cache_writers.write, tmp_path, "x", 10_000, 300_000)
+    done = [line.recv() for _ in range(after)]
+    one.kill()
+    one.join(60)
+    assert one.exitcode == -signal.SIGKILL
     store = Store(tmp_path, LARGE)
     keys = [f"x{number}.{place}" for number in range(after + 30) for place in range(4)]
     found = store.get(keys)

@@ -66,6 +66,17 @@ def test_the_loop_writes_what_generate_writes(
     assert len({len(answer.ids) for answer in ours}) > 1, "no row ended before another"
 
 
+def test_a_model_is_tried_once_for_all_engines_and_again_in_another_arithmetic(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, tried = load(model_folder(seed=5)), list[str]()
+    monkeypatch.setattr("retort.rollout.engines.decode.can_decode", lambda lm: tried.append(lm.precision) is None)
+    for precision in ("fp32", "fp32", "bf16", "fp32"):
+        lm.precision = precision
+        HFEngine(lm, vocab=58, max_parallel=8).generate(requests([2]), Sampling(1))
+    assert tried == ["fp32", "bf16"]
+
+
 def test_a_family_that_prepares_its_own_inputs_is_left_to_generate(model_folder: Callable[..., Path]) -> None:
     lm = load(model_folder(seed=5))
 
