@@ -18,6 +18,7 @@ from retort.report import build_report
 from retort.rewards import ByText, ExactVerifier, MathVerifier
 from retort.train import runner
 from retort.train.events.observe import Silent
+from retort.train.output.text import TextOutput, token_parts
 
 
 class Endless(MathVerifier):
@@ -35,8 +36,9 @@ def test_a_run_says_how_many_comparisons_found_no_end(tiny_run: dict[str, Any], 
             said.append(text)
 
     run = runner.start(configuration.resolve(tiny_run | {"steps": 2}), tmp_path / "run", Noting())
-    run.prepared = replace(run.prepared, eval_grader=ByText(Endless()))
-    run.source.grader = ByText(Endless())
+    parts = token_parts(run.output, "this test")
+    run.output = TextOutput(replace(parts, eval_grader=ByText(Endless())))
+    parts.source.grader = ByText(Endless())
     run.go()
     assert [row["given_up"] for row in run.metrics] == [4, 4]
     assert [note for note in said if "did not finish" in note] == [

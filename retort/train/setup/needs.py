@@ -97,10 +97,11 @@ def need_play(config: Config, method: Method, notes: list[str]) -> None:
                     f"method '{phase.name}' begins behind an expert's turns, which takes an environment that knows "
                     "one; name it in rollout.env (`retort envs` lists them), or set method.curriculum=forward"
                 )
-            played = "a horizon of turns that grows" if curriculum.kind == "forward" else "one turn of each episode"
+            grows = curriculum.kind == "forward"
+            played = "a horizon of turns that grows" if grows else "one turn of each episode"
             notes.append(
                 f"method '{phase.name}' has {played}, and without an environment (rollout.env) every completion is one "
-                "turn, so that changes nothing"
+                f"turn, so {'the horizon' if grows else 'that'} changes nothing"
             )
         if config.environment is not None and phase.rollout.prompt_view is not None:
             raise UserError(

@@ -10,8 +10,8 @@ from retort.errors import UserError
 from retort.train.setup import whole_head
 from retort.train.setup.whole_head import needs_whole_head, refuse_slices
 
-#: Those that sort ids, or read log-probs of all of them.
-WHOLE = ["abkd", "akl", "gold", "simct", "simple_ctkd", "skew_kl", "strict_ct", "todi"]
+#: Those that sort ids, or read log-probs of all of them; of `resopd` that is the curve of its variance.
+WHOLE = ["abkd", "akl", "gold", "resopd", "simct", "simple_ctkd", "skew_kl", "strict_ct", "todi"]
 
 
 def test_which_methods_need_all_ids() -> None:
