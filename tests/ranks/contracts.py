@@ -273,7 +273,7 @@ def main(folder: Path) -> int:
     words = [
         "-x",
         "-m",
-        "not slow",
+        "not slow and not engines",
         "-p",
         "no:cacheprovider",
         "-p",
