@@ -38,9 +38,9 @@ from retort.train.surroundings import ordinary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    #: A folder, a hub name, or a model with its tokenizer.
     from retort.flows.base import VelocityModel
 
+    #: A folder, a hub name, a model with its tokenizer, or a flow model.
     Model = str | os.PathLike[str] | tuple[PreTrainedModel, PreTrainedTokenizerBase] | VelocityModel
     #: A file, a hub name, or rows: a list of dicts, a `datasets.Dataset`, any iterable of mappings.
     Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
