@@ -103,7 +103,7 @@ flow: $(VENV)/.flow
 # whatever else fits from the first. The tests run in the first, and speak to them over HTTP.
 engines: $(VENV)/.engines
 	$(STAGE) 'pytest -m engines'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines tests/contracts/test_engine.py $(ARGS)
 
 # Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
 docs: $(VENV)/.docs

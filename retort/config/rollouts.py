@@ -87,6 +87,32 @@ class RolloutSection(Section):
         "(docs/rooms.md); null: as long as it takes",
     )
 
+    engine: Literal["own", "vllm"] = Field(
+        default="own",
+        description="who writes the rollouts: own, a loop in this process; vllm, in a process of its own, to which the "
+        "student's weights are sent (docs/engines.md)",
+    )
+    vllm_python: str | None = Field(
+        default=None,
+        min_length=1,
+        description="interpreter of the environment that has vLLM; null: none, where rollout.engine is own",
+    )
+    vllm_options: list[str] = Field(
+        default=[], description="further arguments of vLLM's server, such as --tensor-parallel-size=2"
+    )
+    noise_bound: float = Field(
+        default=0.1,
+        gt=0,
+        le=100,
+        description="nats by which vLLM's log-probs of a probe may differ from the student's on average; beyond that "
+        "the run stops",
+    )
+    correction: Literal["truncated", "none"] = Field(
+        default="truncated",
+        description="truncated: where another program than the trainer writes, policy gradients are weighed by "
+        "min(p_trainer / p_engine, 2) (docs/engines.md); none: they are not",
+    )
+
     @field_validator("date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:

@@ -160,8 +160,12 @@ _ONE_TABLE: tuple[tuple[str, Ours], ...] = (
     ("rollout.top_p rollout.top_k rollout.min_p min_p repetition_penalty", Ours((), f"{_NONE}: {_WHOLE}")),
     ("max_num_seqs", Ours(("rollout.parallel",), "rollouts generated at once")),
     (
-        "use_vllm vllm_mode vllm_gpu_memory_utilization gpu_memory_utilization vllm vllm.*",
-        Ours((), f"{_NONE}: transformers generates the rollouts, rollout.parallel of them at once"),
+        "use_vllm vllm_mode vllm vllm.*",
+        Ours(("rollout.engine", "rollout.vllm_python"), "vLLM has an environment and a process of its own"),
+    ),
+    (
+        "vllm_gpu_memory_utilization gpu_memory_utilization",
+        Ours(("rollout.vllm_options",), "an argument of vLLM's server, such as --gpu-memory-utilization=0.4"),
     ),
     ("use_liger_kernel use_liger liger_kernel", Ours((), f"{_NOTHING}: the loss is computed in pieces by itself")),
     (

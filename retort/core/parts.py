@@ -123,4 +123,10 @@ class Quantity(Part):
 
 @dataclass(frozen=True)
 class Weight(Part):
-    """The weight of each step in a term; detached by the framework."""
+    """The weight of each step in a term; detached by the framework.
+
+    Attributes:
+        corrects_engine: Whether it corrects for a rollout engine whose probabilities differ from the trainer's.
+    """
+
+    corrects_engine: bool = field(default=False, kw_only=True)

@@ -130,7 +130,7 @@ class Run:
             self.observer.summary(self.output.summary(), self.prepared.notes)
             config = self.prepared.config
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
-            with contextlib.closing(tracker), self._interrupted:
+            with contextlib.closing(tracker), contextlib.closing(self.prepared), self._interrupted:
                 self._train(tracker)
             self._call("on_end")
         except KeyboardInterrupt:  # This is the second signal.
@@ -144,10 +144,10 @@ class Run:
         self.results = evaluations.results
         if not evaluations:
             self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
-        self._evaluate_first(evaluations)
         with self._safe():
+            self.prepared.begin(self.observer.note)
             self.probes.catch_up(*self.prepared.at(self.step))
-
+        self._evaluate_first(evaluations)
         while self.step < self.prepared.steps and not self._ended():
             metrics, scores = self._one_step(tracker), None
             if evaluations.due(self.step):

@@ -97,5 +97,5 @@ def engine_correction(
         return corrected(gap_N, torch.zeros_like(context.steps.tokens_N), kind, floor, ceiling)
 
     if kind in ("token", "token_mask") and not mean_one:  # these depend on the step alone: no pass over the batch
-        return Weight(f"{name}({kind})", own, uses_old_logp=True)
-    return Weight(f"{name}({kind})", stored, stats=(Stat(name, gap, finish),))
+        return Weight(f"{name}({kind})", own, uses_old_logp=True, corrects_engine=True)
+    return Weight(f"{name}({kind})", stored, stats=(Stat(name, gap, finish),), corrects_engine=True)

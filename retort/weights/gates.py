@@ -62,4 +62,5 @@ def both(one: Weight, other: Weight) -> Weight:
         one.stats + other.stats,
         uses_old_logp=one.uses_old_logp or other.uses_old_logp,
         student_needs=one.student_needs | other.student_needs,
+        corrects_engine=one.corrects_engine or other.corrects_engine,
     )

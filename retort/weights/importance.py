@@ -28,7 +28,7 @@ def truncated_rollout_ratio(cap: float) -> Weight:
     def value(context: Context, view: str) -> Tensor:
         return gap.value(context, view).exp().clamp_max(cap)
 
-    return Weight(f"truncated_rollout_ratio({cap:g})", value, uses_old_logp=True)
+    return Weight(f"truncated_rollout_ratio({cap:g})", value, uses_old_logp=True, corrects_engine=True)
 
 
 def truncated_teacher_ratio(cap: float) -> Weight:

@@ -139,7 +139,7 @@ TYPED = {
     "seq_kd": "cold_start.steps",
     "eval_strategy": "eval.every",
     "deepspeed": "one device",
-    "use_vllm": "rollout.parallel",
+    "use_vllm": "rollout.engine",
     "use_liger_kernel": "nothing is to be set",
     "load_in_4bit": "lora.rank",
     "kl_coef": "method",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines.vllm import PYTHON
 from scripted import ScriptedEngine
 from served import connected, in_thread
 from support import make_tokenizer
@@ -26,6 +27,7 @@ from retort.rollout.engines.base import Engine, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.sample import nucleus
 from retort.rollout.engines.served import ServedEngine
+from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
 
 VOCAB = 58
 ROOM = 12
@@ -48,6 +50,17 @@ class Case:
     logp: Callable[[TokenSequence, list[int], Sampling], Tensor]
     seen: tuple[TokenSequence, ...] = ()
     until: ExitStack = field(default_factory=ExitStack)
+
+
+@pytest.fixture(scope="module")
+def with_vllm(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    """One server for all tests; vLLM on a CPU takes no head narrower than 32."""
+    case = by_hf(model_folder(seed=5, head_dim=32), loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    engine = VLLMEngine(lm, VOCAB, VLLMSettings(str(PYTHON), max_parallel=8), probe=[TokenSequence.of([5, 9])])
+    engine.open(tmp_path_factory.mktemp("vllm") / "engine")
+    yield replace(case, engine=engine)
+    engine.close()
 
 
 def in_process(model_folder: Callable[..., Path], *_: Any, loops: bool) -> Case:
@@ -101,10 +114,16 @@ ENGINES: dict[str, Callable[..., Case]] = {
     "served": served,
     "scripted": scripted,
 }
+VLLM = "vLLM"
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=[*ENGINES, pytest.param(VLLM, marks=pytest.mark.engines)])
 def case(request: pytest.FixtureRequest, model_folder: Any, image_folder: Any) -> Iterator[Case]:
+    if request.param == VLLM:
+        found = request.getfixturevalue("with_vllm")
+        found.engine.update(0)
+        yield found
+        return
     found = ENGINES[request.param](model_folder, image_folder)
     with found.until:
         yield found
@@ -126,6 +145,14 @@ def test_each_completion_is_its_own_requests_whatever_is_beside_it_and_in_order(
     for one, two, three in zip(together, turned, alone, strict=True):
         assert one.ids == two.ids == three.ids
         torch.testing.assert_close(one.logp_A, three.logp_A, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_numbers_give_the_same_completion_and_others_another(case: Case) -> None:
+    """Which completion it is, an engine with a sampler of its own (vLLM) decides by itself."""
+    asked, others = requests(), [replace(own, uniforms=own.uniforms.flip(0)) for own in requests()]
+    one, two, three = (case.engine.generate(own, Sampling(ROOM, 1.3)) for own in (asked, asked, others))
+    assert [own.ids for own in one] == [own.ids for own in two]
+    assert sum(own.ids != other.ids for own, other in zip(one, three, strict=True)) > 3
 
 
 def test_which_tokens_were_decided_changes_nothing(case: Case) -> None:

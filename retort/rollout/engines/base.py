@@ -59,7 +59,8 @@ class Request:
     Attributes:
         context: Tokens and media that it follows; which of them were decided does not matter.
         uniforms: Random numbers in [0, 1), one per token that may be generated, float64: the only source of randomness.
-            A completion is never longer than there are numbers.
+            A completion is never longer than there are numbers. An engine with a sampler of its own (vLLM) makes its
+            seed of the first one: the same numbers give the same completion, but not that of another engine.
         turn_cache: What is kept of this conversation, where a request that goes on from this one may follow; None where
             none does. No two requests of one call share it.
     """

@@ -30,6 +30,7 @@ FREE = (
     *(f"judge.{name}" for name in ("model", "name", "key", "timeout", "patience", "requests", "replay")),
     *("judge.budget_calls", "judge.budget_tokens", "judge.budget_money", "judge.price_prompt"),
     "judge.price_completion",
+    *("rollout.vllm_python", "rollout.vllm_options", "rollout.noise_bound"),
 )
 #: Settings that change rounding at most.
 ROUNDING = (

@@ -18,10 +18,12 @@ from retort.core.steps import Clock
 from retort.errors import UserError
 from retort.method import Method
 from retort.methods._cold_start import with_cold_start
+from retort.methods._engine import corrected_for_engine
 from retort.models.lm import LanguageModel
 from retort.ranks import here
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
+from retort.rollout.engines.vllm import VLLMEngine
 from retort.rollout.episodes import EpisodeSetup
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.itself import SelfTeacher
@@ -36,6 +38,7 @@ from retort.train.learning.passes import HeadUse, Passes
 from retort.train.models.judge import asker, check_settings, open_record, step_metrics
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
+from retort.train.models.other_engine import check_other_engine, other_engine
 from retort.train.models.several import several
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
@@ -46,7 +49,7 @@ from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source import difficulty
 from retort.train.source.source import Source
-from retort.train.storage.folder import refuse_unshared
+from retort.train.storage.folder import ENGINE, refuse_unshared
 from retort.train.teaching.authors import drafting
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
 from retort.train.teaching.teachers import Teachers
@@ -67,6 +70,7 @@ class Prepared:
         attention: The attention implementation; None for each model's own default.
         notes: Notes for the user before the run starts.
         asker: Asks a model that only talks, where the settings name one.
+        other_engine: The source's engine, where it is a process of its own.
     """
 
     config: Config
@@ -79,6 +83,7 @@ class Prepared:
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
     asker: Asking | None = None
+    other_engine: VLLMEngine | None = None
 
     @property
     def student(self) -> LanguageModel:
@@ -127,13 +132,33 @@ class Prepared:
             UserError: A rank does not see the folder, or the record in it is damaged.
         """
         refuse_unshared(folder, here())
+        if self.other_engine is not None:
+            self.other_engine.open(folder / ENGINE)
         asking = self.asker
         if asking is not None:
             here().each(lambda: open_record(asking, folder, step))
 
+    def begin(self, say: Callable[[str], None]) -> None:
+        """Starts the engine that is a process of its own, and says how far it is from the trainer.
+
+        Raises:
+            UserError: It does not start with the student, or computes something else.
+        """
+        if self.other_engine is not None:
+            self.other_engine.update(self.other_engine.newest())
+            noise = self.other_engine.noise_floor
+            say(f"vLLM generates: its log-probs are {noise:.1e} nats a token from the student's here")
+
+    def close(self) -> None:
+        """Ends what the run started beside itself."""
+        if self.other_engine is not None:
+            self.other_engine.close()
+
     def metrics(self) -> dict[str, float]:
-        """Of a step: what the teachers counted, and what was spent on a model that is asked; all ranks call it."""
-        return self.teachers.metrics() | ({} if self.asker is None else step_metrics(self.asker))
+        """Of a step: what teachers, an engine and a model that is asked have to say; all ranks call it."""
+        asked, other = self.asker, self.other_engine
+        found = {} if asked is None else step_metrics(asked)
+        return self.teachers.metrics() | found | ({} if other is None else other.metrics())
 
     def difficulties(
         self, plan: RolloutPlan, folder: Path, *, first: bool, progress: Callable[[int, int], None]
@@ -172,6 +197,7 @@ def prepare(
     method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
     check_settings(config)
+    check_other_engine(config)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -214,6 +240,8 @@ def run_method(config: Config, method: Method | None) -> Method:
     record, several_teach = config.record, bool(config.teachers.models)
     method = method or registry.load(**config.method)
     method = watching(method, record.overlap, record.overlap_every, several=several_teach)
+    if config.rollout.engine != "own" and config.rollout.correction == "truncated":
+        method = corrected_for_engine(method)
     cold = config.cold_start
     if not cold.steps:
         return method
@@ -257,14 +285,16 @@ def _parties(
         models["student"] = SelfTeacher(cast("LocalTeacher", local["student"]), own)
     if config.teachers.models:
         models["teacher"] = several(config.teachers, models, [*data.train, *data.probe, *data.held_out], data.full)
-    vocab, optimizer = local["student"].alignment.vocab, config.optimizer
+    vocab = local["student"].alignment.vocab
+    learner = _learner(config, student, vocab, own)
+    other = other_engine(config, student, vocab, data.train, loaded.render, lambda: learner.updates)
     source = Source(
         prompts=data.train,
         probe=data.probe,
         count=batch_prompts(config, len(data.train)),
         limit=config.rollout.max_new_tokens,
         seed=config.seed,
-        engine=engine(config, student, vocab),
+        engine=engine(config, student, vocab) if other is None else other,
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
@@ -282,12 +312,6 @@ def _parties(
         whole=student.whole,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
         shown=local["student"].shown,
-    )
-    learner = Learner(
-        Passes(student, vocab, optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
-        optimizer,
-        moved=None if own is None else own.moved,
-        variance_every=config.record.gradient_variance_every,
     )
     start = student.digest() if own is not None and own.from_start else None
     return Prepared(
@@ -309,6 +333,17 @@ def _parties(
         attention=loaded.attention,
         notes=notes,
         asker=asking,
+        other_engine=other,
+    )
+
+
+def _learner(config: Config, student: LanguageModel, vocab: int, own: Any) -> Learner:
+    """Trains the student; `own`: the weights of a self-teacher, where there is one."""
+    return Learner(
+        Passes(student, vocab, config.optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
+        config.optimizer,
+        moved=None if own is None else own.moved,
+        variance_every=config.record.gradient_variance_every,
     )
 
 

@@ -25,6 +25,8 @@ from retort.ranks import World
 LOCK = ".lock"
 #: Folder of the records of replies that came too late, one of each rank.
 TIMEOUTS = "timeouts"
+#: Folder of the weights and the log of a process that writes the rollouts.
+ENGINE = "engine"
 #: Files that a run writes: a folder with one of these is a run, or holds files that a run would replace.
 FILES = (
     "config.json",
@@ -43,6 +45,7 @@ FILES = (
     "thumbnails",
     "samples",
     "judge.jsonl",
+    ENGINE,
     "tensorboard",
     "given-data.jsonl",
     "given-eval-data.jsonl",

