@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from retort.cli import descriptions
-from retort.errors import UserError
 from retort.files import named
 
 

@@ -22,8 +22,8 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
-#: Of a new cluster: it takes 127.0.0.1 for this machine's address and listens there alone; and its actors, which are all
-#: that the user asked for, are as important as any other process (Ray would have them give way to all others).
+#: Of a new cluster: it takes 127.0.0.1 for this machine's address and listens there alone. Its actors, which are all
+#: that the user asked for, do not give way to other processes, as Ray would have them do.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 
 
@@ -107,5 +107,3 @@ def _there(address: str) -> None:
             f"no Ray cluster at {address} ({why}); start one there with `ray start --head --port {port}`, or have "
             "--cluster auto make one of this machine"
         ) from None
-
-

@@ -14,12 +14,11 @@ from retort.cluster.job import Job
 from retort.cluster.mailbox import Mailbox
 from retort.cluster.rank import Outcome, Rank, Where
 from retort.cluster.resources import Layout
-from retort.cluster.teacher import Serving, Teacher
+from retort.cluster.teacher import Teacher
 from retort.config import Config
 from retort.errors import RetortError, RunError, UserError, shortened
 from retort.ranks import CLUSTER
 from retort.train.models.at_server import VARIABLE
-from retort.wire import KEY_VARIABLE
 
 #: Seconds for the other ranks to end, or to be found dead, once one has failed.
 _AFTER = 10.0
@@ -166,9 +165,7 @@ class Crew:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         needs = self._layout.bundles[bundle]
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self._group, placement_group_bundle_index=bundle
-        )
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=bundle)
         # Ranks of one machine see all its GPUs, as under torchrun; see `_own`.
         made = self._ray.remote(kind).options(
             num_cpus=needs.get("CPU", 0),
@@ -236,7 +233,11 @@ class Crew:
         self._looked = time.monotonic()
         idle = set(range(len(self._teachers))) - set(self._serving.values())
         self._serving |= {self._asked(number): number for number in idle}
-        ended, _ = self._ray.wait(list(self._serving), num_returns=len(self._serving), timeout=0) if self._serving else ([], [])
+        ended, _ = (
+            self._ray.wait(list(self._serving), num_returns=len(self._serving), timeout=0)
+            if self._serving
+            else ([], [])
+        )
         for reference in ended:
             number = self._serving.pop(reference)
             (one,) = self._got([reference])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from retort.cluster.crew import Crew, LostError
 from retort.cluster.job import Job, Watcher
 from retort.cluster.resources import Machine, layout
 from retort.config import Config
-from retort.errors import RetortError, RunError, UserError
+from retort.errors import RunError, UserError
 from retort.files import named
 from retort.train.storage import checkpoint
 from retort.wire import is_url

@@ -1,7 +1,7 @@
 """The process that speaks with Ray, and one that outlives it.
 
-Where the head of a cluster or this machine's part of it ends, Ray ends every process that is connected to it, in C++ and
-without an exception. So Ray is spoken to in a child; its parent says in one line what happened.
+Where the head of a cluster or this machine's part of it ends, Ray ends every process that is connected to it, in C++
+and without an exception. So Ray is spoken to in a child; its parent says in one line what happened.
 """
 
 from __future__ import annotations

@@ -75,7 +75,11 @@ def _fits(found: Layout, machines: Sequence[Machine]) -> None:
                 )
         wanted, there = sum(count * needs.get(kind, 0) for _, count, needs in roles), sum(amounts)
         # A machine cannot lend half of a process to another.
-        room = sum(amount // min(needs[kind] for *_, needs in roles if kind in needs) for amount in amounts) if wanted else 0
+        room = (
+            sum(amount // min(needs[kind] for *_, needs in roles if kind in needs) for amount in amounts)
+            if wanted
+            else 0
+        )
         count = sum(count for _, count, needs in roles if needs.get(kind, 0))
         if wanted > there or count > room:
             parts = " and ".join(f"{counted(count, name)} of {needs.get(kind, 0):g}" for name, count, needs in roles)

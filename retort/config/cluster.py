@@ -8,7 +8,7 @@ from retort.config.sections import Section
 
 
 class ClusterSection(Section):
-    """What Ray starts for `retort train --cluster`, see docs/cluster.md; without that option these settings do nothing."""
+    """What Ray starts for `retort train --cluster` (docs/cluster.md); without that option these settings do nothing."""
 
     ranks: int | None = Field(
         default=None,
@@ -36,7 +36,10 @@ class ClusterSection(Section):
         "checkpoint begins the count anew",
     )
     wait: float = Field(
-        default=300.0, ge=0, le=1_000_000, description="seconds to wait for CPUs and GPUs that others in the cluster use"
+        default=300.0,
+        ge=0,
+        le=1_000_000,
+        description="seconds to wait for CPUs and GPUs that others in the cluster use",
     )
     dashboard: bool = Field(
         default=False,

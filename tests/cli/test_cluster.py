@@ -83,7 +83,9 @@ def test_defaults_fit_the_machines() -> None:
     config = resolve({"student": "a", "teacher": "b", "data": "c"})
     plain = layout(config, [Machine("x", 4, 0), Machine("y", 4, 0)])
     assert (plain.ranks, plain.rank, plain.teachers) == (2, {"CPU": 1}, 0)
-    gpus = layout(config.model_copy(update={"cluster": resolve({"cluster": {"teachers": 2}}).cluster}), [Machine("x", 16, 8)])
+    gpus = layout(
+        config.model_copy(update={"cluster": resolve({"cluster": {"teachers": 2}}).cluster}), [Machine("x", 16, 8)]
+    )
     assert (gpus.ranks, gpus.rank, gpus.teacher) == (6, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1})
     assert gpus.bundles == [gpus.rank] * 6 + [gpus.teacher] * 2
 
