@@ -22,21 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
-    "student=countdown:student",
-    "teacher=countdown:teacher",
-    "data=countdown",
-    "seed=3",
-    "precision=fp32",
-    "device=cpu",
-    "checks=skip",
-    "method.name=opd",
-    "rollout.prompts=8",
-    "rollout.max_new_tokens=16",
-    "optimizer.warmup=0",
-    "eval.problems=0",
-    "record.rollouts=0",
-    "checkpoint.every=0",
-    "cluster.ranks=2",
+    *("student=countdown:student", "teacher=countdown:teacher", "data=countdown", "method.name=opd", "seed=3"),
+    *("precision=fp32", "device=cpu", "checks=skip", "rollout.prompts=8", "rollout.max_new_tokens=16"),
+    *("optimizer.warmup=0", "eval.problems=0", "record.rollouts=0", "checkpoint.every=0", "cluster.ranks=2"),
 ]
 WAYS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "retort", "train"],

@@ -72,7 +72,7 @@ def connected(address: str | None, *, dashboard: bool) -> Iterator[Any]:
     elif dashboard and importlib.util.find_spec("aiohttp_cors") is None:
         raise UserError("cluster.dashboard needs more of Ray: pip install 'ray[default]', or leave it out")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         local: dict[str, Any] = {
             "include_dashboard": dashboard,

@@ -162,7 +162,7 @@ class Crew:
             )
 
     def _actor(self, kind: type, role: str, number: int, bundle: int, **options: Any) -> Any:
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
 
         needs = self._layout.bundles[bundle]
         strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=bundle)

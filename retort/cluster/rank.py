@@ -64,7 +64,7 @@ class Rank:
 
     def where(self) -> Where:
         """Where it is."""
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         context = ray.get_runtime_context()
         gpus = tuple(int(number) for number in context.get_accelerator_ids().get("GPU", []))
@@ -103,7 +103,7 @@ class Rank:
 
 def _obey(mailbox: Any) -> None:
     """Raises the driver's signals in this process."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     with contextlib.suppress(ray.exceptions.RayError):
         while True:

@@ -40,7 +40,7 @@ class Teacher:
 
     def host(self) -> str:
         """The address of its machine."""
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         return ray.util.get_node_ip_address()
 

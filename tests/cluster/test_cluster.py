@@ -73,7 +73,8 @@ class Nodes:
 def environment(**more: str) -> dict[str, str]:
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     left = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS")}
-    return left | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # the nodes' address is 127.0.0.1
+    return left | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **loopback, **more}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,6 @@ def nodes() -> Iterator[Nodes]:
     surroundings = environment(
         RAY_TMPDIR=folder,
         RAY_worker_niceness="0",
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
         RAY_USAGE_STATS_ENABLED="0",
         RAY_raylet_start_wait_time_s="300",
     )
