@@ -39,6 +39,12 @@ class Relay:
         """Takes the handle of a `Mailbox`."""
         self._mailbox = mailbox
 
+    def arrived(self) -> None:
+        """Waits until all that was said has reached the mailbox, whose calls from one actor keep their order."""
+        import ray  # pyright: ignore[reportMissingImports]
+
+        ray.get(self._mailbox.post.remote("close", ()))
+
     def _post(self, name: str, *arguments: Any) -> None:
         self._mailbox.post.remote(name, arguments)
 

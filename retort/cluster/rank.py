@@ -95,7 +95,10 @@ class Rank:
             os.environ.update({"GLOO_SOCKET_IFNAME": own[0]} if own and "GLOO_SOCKET_IFNAME" not in os.environ else {})
         if rank == 0:
             threading.Thread(target=_obey, args=(mailbox,), daemon=True).start()
-        outcome = _performed(job, Relay(mailbox))
+        relay = Relay(mailbox)
+        outcome = _performed(job, relay)
+        if rank == 0:
+            relay.arrived()
         if not outcome.code:
             shutil.rmtree(Path(self._log).parent, ignore_errors=True)
         return outcome

@@ -217,10 +217,10 @@ def test_an_interrupted_run_saves_and_goes_on(nodes: Nodes, config: Path, torchr
     out = config.parent / "interrupted"
     process = train(nodes, str(config), "--out", str(out))
     after_step(1, out, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # a shell in the background ignores SIGINT
     printed = ended(process, code=1)
     (told,) = [line for line in printed.splitlines() if line.startswith("retort: ")]
-    assert told.startswith("retort: interrupted at step ")
+    assert told.startswith("retort: terminated at step ")
     assert told.endswith(f"go on with: retort train --cluster {nodes.address} --resume {out}")
     assert not nodes.pids("ray::Rank")
     ended(train(nodes, "--resume", str(out)))
