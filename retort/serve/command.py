@@ -34,6 +34,7 @@ def serve(
     port: int = PORT,
     most_tokens: int = MOST_TOKENS,
     say: Callable[[str], Any] = print,
+    listening: Callable[[int], Any] = lambda port: None,
 ) -> None:
     """Serves a model until the process is interrupted.
 
@@ -45,6 +46,7 @@ def serve(
         port: Port to listen at; 0: any that is free.
         most_tokens: Most tokens of one request.
         say: Takes a sentence for whoever started it.
+        listening: Takes the port, once requests are answered.
 
     Raises:
         UserError: The model cannot be loaded, or the address cannot be used.
@@ -72,7 +74,7 @@ def serve(
         raise UserError("retort serve needs the package 'uvicorn': pip install 'retort-distill[serve]'") from None
     app, what = (_by_rules if model.startswith(rules.PREFIX) else _of_model)(config, model, key, most_tokens, say)
     settings = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
-    _spoken(settings, what, say).run()
+    _spoken(settings, what, say, listening).run()
 
 
 def _by_rules(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
@@ -92,7 +94,7 @@ def _of_model(config: Config, model: str, key: str, most_tokens: int, say: Calla
     return app, f"{name} ({lm.precision} on {lm.device.type})"
 
 
-def _spoken(settings: Any, what: str, say: Callable[[str], Any]) -> Any:
+def _spoken(settings: Any, what: str, say: Callable[[str], Any], listening: Callable[[int], Any]) -> Any:
     """A server that says where it listens once it does."""
     import uvicorn
 
@@ -103,5 +105,6 @@ def _spoken(settings: Any, what: str, say: Callable[[str], Any]) -> Any:
                 host, port = one.sockets[0].getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
                 say(f"serving {what} at http://{shown}:{port}; stop it with Ctrl-C")
+                listening(port)
 
     return Server(settings)

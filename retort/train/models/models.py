@@ -36,6 +36,7 @@ from retort.teachers.reader import Reader
 from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.train.given.given import CallerObjects
+from retort.train.models.at_server import at_server
 from retort.wire import Client, is_url
 
 #: Where a model comes from: a folder or a hub name, an object of the caller's, or a server of either kind.
@@ -82,6 +83,7 @@ def source_of(
         UserError: A student is to learn on a server, the server does not answer, or a model that ships is missing.
     """
     held = (caller_objects or CallerObjects()).source(path)
+    path = at_server(path)
     if held is not None or not is_url(path):
         return held or located(path)
     if name == "student":

@@ -1,0 +1,296 @@
+"""The actors of a run: placed, started, watched, and ended together."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from retort.cluster.job import Job
+from retort.cluster.mailbox import Mailbox
+from retort.cluster.rank import Outcome, Rank, Where
+from retort.cluster.resources import Layout
+from retort.cluster.teacher import Teacher
+from retort.config import Config
+from retort.errors import RetortError, RunError, UserError, shortened
+from retort.ranks import CLUSTER
+from retort.train.models.at_server import VARIABLE
+
+#: Seconds for the other ranks to end, or to be found dead, once one has failed.
+_AFTER = 10.0
+#: Seconds between two looks at the servers of the teacher.
+_LOOK = 1.0
+#: Variables that actors get from the command, by how their names begin.
+_PASSED = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "NCCL_", "GLOO_", "TORCH_")
+_LOCAL = "127.0.0.1"
+#: Settings of `retort serve` that a run has, too.
+_SERVED = ("precision", "device", "attention", "threads", "trust_remote_code", "weights")
+
+
+class LostError(Exception):
+    """An actor is gone without having ended."""
+
+
+class Crew:
+    """All actors of one start of a run.
+
+    Example:
+        >>> crew = Crew(ray, config, layout, print)  # doctest: +SKIP
+        >>> crew.start(job, "auto")  # doctest: +SKIP
+        >>> while not crew.finished(0.2):  # doctest: +SKIP
+        ...     print(crew.events())
+    """
+
+    def __init__(self, ray: Any, config: Config, layout: Layout, note: Callable[[str], Any]) -> None:
+        """Starts nothing yet.
+
+        Args:
+            ray: The module, connected.
+            config: Settings of the run.
+            layout: How many actors, and what they need.
+            note: Takes a line for the user.
+        """
+        self._ray, self._config, self._layout, self._note = ray, config, layout, note
+        self._folder, self._key = os.getcwd(), secrets.token_urlsafe(24)
+        self._group: Any = None
+        self._mailbox: Any = None
+        self._ranks: list[Any] = []
+        self._teachers: list[Any] = []
+        self._where: list[Where] = []
+        self._running: dict[Any, int] = {}
+        self._serving: dict[Any, int] = {}
+        self._at: list[tuple[str, int]] = []
+        self._looked = self._signalled = 0.0
+
+    def start(self, job: Job, given: str) -> None:
+        """Has all actors placed, the teacher served, and the ranks begin.
+
+        Args:
+            job: What the ranks do.
+            given: What `--cluster` was given.
+
+        Raises:
+            UserError: Others use the cluster for longer than `cluster.wait`, or the teacher cannot be served.
+            LostError: An actor does not start.
+        """
+        self._reserve()
+        self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0).remote()
+        count = self._layout.ranks
+        self._ranks = [self._actor(Rank, "rank", number, number) for number in range(count)]
+        self._teachers = [
+            self._actor(Teacher, "teacher", number, count + number, max_restarts=-1, max_task_retries=-1)
+            for number in range(self._layout.teachers)
+        ]
+        found = self._got([actor.where.remote() for actor in self._ranks])
+        nodes = list(dict.fromkeys(where.node for where in found))
+        order = sorted(range(count), key=lambda number: (nodes.index(found[number].node), found[number].gpus, number))
+        self._ranks, self._where = [self._ranks[number] for number in order], [found[number] for number in order]
+        addresses = self._serve()
+        common = self._common(given)
+        for rank, actor in enumerate(self._ranks):
+            environment = common | self._own(rank)
+            if addresses:
+                names = dict.fromkeys((str(self._config.teacher), str(Path(str(self._config.teacher)).resolve())))
+                environment[VARIABLE] = json.dumps(dict.fromkeys(names, addresses[rank % len(addresses)]))
+            self._running[actor.run.remote(job, self._folder, environment, self._mailbox)] = rank
+
+    def events(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """What the first rank has said since the last call.
+
+        Raises:
+            LostError: The actor that keeps it is gone.
+        """
+        (found,) = self._got([self._mailbox.collect.remote()])
+        return found
+
+    def finished(self, seconds: float) -> bool:
+        """Whether all ranks have ended in order, and the driver has heard all; it waits for a while.
+
+        Raises:
+            RetortError: What a rank ended with.
+            LostError: A rank is gone.
+        """
+        self._look()
+        ended, _ = self._ray.wait(list(self._running), timeout=seconds) if self._running else ([], [])
+        failed, lost = self._outcomes(ended)
+        if failed or lost:
+            # Those who miss one that was killed may be heard first.
+            ends = time.monotonic() + _AFTER
+            while self._running and not lost and time.monotonic() < ends:
+                ended, _ = self._ray.wait(list(self._running), timeout=seconds)
+                more, lost = self._outcomes(ended)
+                failed += more
+            if lost:
+                raise LostError("; ".join(lost))
+            raise self._error(failed)
+        return not self._running and not ended
+
+    def signal(self, number: int) -> bool:
+        """Passes a signal to the first rank; False from the third on."""
+        self._signalled += 1
+        if not self._running or self._signalled > 2:
+            return False
+        self._mailbox.signal.remote(number)
+        return True
+
+    def close(self) -> None:
+        """Ends all actors, and gives their resources back."""
+        actors = [*self._ranks, *self._teachers, *([self._mailbox] if self._mailbox is not None else [])]
+        for actor in actors:
+            self._ray.kill(actor)
+        if self._running:  # a rank that still lives holds the run's folder
+            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=_AFTER)
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
+
+    def _reserve(self) -> None:
+        self._group = self._ray.util.placement_group(self._layout.bundles, strategy="PACK")
+        if self._group.wait(_LOOK * 5):
+            return
+        wait = self._config.cluster.wait
+        self._note(f"others use the cluster: waiting up to {wait:g} seconds for CPUs and GPUs (cluster.wait)")
+        if not self._group.wait(wait):
+            free = self._ray.available_resources()
+            has = ", ".join(f"{free.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
+            raise UserError(
+                f"the cluster did not have room for the run within {wait:g} seconds (free now: {has}); end what else "
+                "runs there, raise cluster.wait, or lower cluster.ranks or cluster.teachers"
+            )
+
+    def _actor(self, kind: type, role: str, number: int, bundle: int, **options: Any) -> Any:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
+
+        needs = self._layout.bundles[bundle]
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=bundle)
+        # Ranks of one machine see all its GPUs, as under torchrun; see `_own`.
+        made = self._ray.remote(kind).options(
+            num_cpus=needs.get("CPU", 0),
+            num_gpus=needs.get("GPU", 0),
+            scheduling_strategy=strategy,
+            **options,
+        )
+        return made.remote(f"{role}-{number}", self._folder)
+
+    def _common(self, given: str) -> dict[str, str]:
+        """Variables of all ranks."""
+        (port,) = self._got([self._ranks[0].free_port.remote()])
+        keys = {self._config.server.key, self._config.judge.key}
+        passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED) or name in keys}
+        threads = {"OMP_NUM_THREADS": str(self._config.cluster.rank_cpus)}
+        key = {self._config.server.key: self._key} if self._teachers else {}
+        return {
+            **threads,
+            **passed,
+            **key,
+            CLUSTER: given,
+            "WORLD_SIZE": str(len(self._ranks)),
+            "MASTER_ADDR": _LOCAL if self._alone else self._where[0].host,
+            "MASTER_PORT": str(port),
+        }
+
+    def _own(self, rank: int) -> dict[str, str]:
+        """Variables of one rank."""
+        node = self._where[rank].node
+        fellows = [other for other, where in enumerate(self._where) if where.node == node]
+        gpus = [gpu for other in fellows for gpu in self._where[other].gpus]
+        seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+        local = {"LOCAL_RANK": str(fellows.index(rank)), "LOCAL_WORLD_SIZE": str(len(fellows))}
+        return {"RANK": str(rank), **local, **seen}
+
+    @property
+    def _alone(self) -> bool:
+        """Whether all ranks are on one machine, though perhaps on several nodes of Ray."""
+        return len({where.host for where in self._where}) == 1
+
+    def _serve(self) -> list[str]:
+        """Addresses of the servers of the teacher, each of which has begun to answer."""
+        if not self._teachers:
+            return []
+        own = self._got([actor.host.remote() for actor in self._teachers])
+        near = self._alone and set(own) == {self._where[0].host}
+        self._at = [(_LOCAL if near else host, 0) for host in own]
+        found = self._got([self._asked(number) for number in range(len(own))])
+        problem = next((one.problem for one in found if one.problem), None)
+        if problem is not None:
+            raise UserError(f"a server of the teacher does not start: {problem}")
+        self._at = [(host, one.port) for (host, _), one in zip(self._at, found, strict=True)]
+        return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in self._at]
+
+    def _asked(self, number: int) -> Any:
+        host, port = self._at[number]
+        config = self._config.model_copy(update={"threads": self._config.threads or self._config.cluster.teacher_cpus})
+        words = [f"{name}={_word(config.value(name))}" for name in _SERVED if config.value(name) is not None]
+        return self._teachers[number].serve.remote(str(config.teacher), words, host, port, self._key)
+
+    def _look(self) -> None:
+        """Has servers that were started again serve again."""
+        if time.monotonic() - self._looked < _LOOK:
+            return
+        self._looked = time.monotonic()
+        idle = set(range(len(self._teachers))) - set(self._serving.values())
+        self._serving |= {self._asked(number): number for number in idle}
+        ended, _ = (
+            self._ray.wait(list(self._serving), num_returns=len(self._serving), timeout=0)
+            if self._serving
+            else ([], [])
+        )
+        for reference in ended:
+            number = self._serving.pop(reference)
+            (one,) = self._got([reference])
+            if one.problem is not None:
+                raise RunError(f"server {number} of the teacher ended and does not start again: {one.problem}")
+            if one.began:
+                self._note(f"server {number} of the teacher had ended, and was started again")
+
+    def _outcomes(self, ended: Sequence[Any]) -> tuple[list[Outcome], list[str]]:
+        """Of ranks that have ended: those that failed, and sentences about those that are gone."""
+        failed, lost = list[Outcome](), list[str]()
+        for reference in ended:
+            rank = self._running.pop(reference)
+            where = self._where[rank]
+            try:
+                outcome = self._ray.get(reference)
+            except self._ray.exceptions.RayError:
+                lost.append(
+                    f"rank {rank} of {len(self._ranks)} was killed or its machine is gone ({where.host}; its log: "
+                    f"{where.log})"
+                )
+                continue
+            if outcome.code:
+                failed.append(outcome)
+        return failed, lost
+
+    def _error(self, failed: Sequence[Outcome]) -> RetortError:
+        """The error that ends the run, of the rank that may say so."""
+        told = next((one for one in failed if one.message), failed[0])
+        message = told.message or f"a rank ended with exit code {told.code}; the logs: {self._where[0].log} and others"
+        if told.trace:
+            message += f"; where: {self._where[0].log} and the logs of the other ranks"
+        return (UserError if told.code == UserError.exit_code else RunError)(message)
+
+    def _got(self, references: Sequence[Any]) -> list[Any]:
+        """Results of actors.
+
+        Raises:
+            LostError: One of these is gone, or does not start.
+            UserError: A machine lacks what an actor imports.
+        """
+        try:
+            return self._ray.get(list(references))
+        except self._ray.exceptions.RayError as error:
+            said = " ".join(str(error).split())
+            lacking = next((part for part in ("ModuleNotFoundError", "ImportError") if part in said), None)
+            if lacking is not None:
+                why = shortened(said[said.rindex(lacking) :], 200)
+                raise UserError(
+                    f"an actor does not start: {why}; every machine of the cluster needs the same Retort and packages"
+                ) from None
+            raise LostError(f"an actor is gone, or does not start: {shortened(said, 300)}") from None
+
+
+def _word(value: Any) -> str:
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,11 @@
+"""A Ray cluster of two nodes on this machine, each with two CPUs, until standard input ends; its address is printed."""
+
+import sys
+
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+cluster.add_node(num_cpus=2)
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
