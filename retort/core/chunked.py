@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,18 @@ def blocks(core: Core, size: int, device: torch.device, begins_N: Tensor | None)
     """Cuts a chunk of `size` steps into blocks; a sharded vocabulary has one, as ranks exchange numbers per block."""
     spread = core.head is not None and core.head.shard.spread
     return cuts(size, size if spread else block_rows(core.widest, device), begins_N)
+
+
+@cache
+def keep_freed_blocks() -> None:
+    """Has the allocator of a process keep what a block frees, for the next block.
+
+    glibc returns the end of its heap to the system once more than a little of it is free, and every block would fetch
+    its memory page by page again, which took longer than to compute on it. Its limit follows the largest piece that
+    was mapped and freed, up to 32 MiB, so one piece is made and freed, without touching its memory: see mallopt(3),
+    M_MMAP_THRESHOLD. Other allocators do not mind.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 @dataclass(eq=False)
@@ -190,6 +203,7 @@ class Chunked(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.gradients = pass_, None
         needed = tuple(bool(flag) for flag in ctx.needs_input_grad[1:])
+        keep_freed_blocks()
         with torch.autocast(hidden_ND.device.type, enabled=False):
             if pass_.loss is not None and any(needed):
                 total, values, ctx.gradients, live = _at_once(pass_, hidden_ND, needed)

@@ -4,7 +4,7 @@ The gradient of every number here has a closed form, computed from the probabili
 150,000 ids then costs a few passes over them, and keeps two tensors of that size where autograd keeps seven.
 `retort.divergences.kl_values` and `jsd_values` are the definitions; these must equal them in value and gradient. So the
 gradient of reverse KL is in `Distribution.reverse_kl`, that of forward KL in `Distribution.forward_kl`; the values of
-both are computed in `_compare`.
+both are computed in `_kl`.
 
 With a `Shard` the ids are spread over ranks. Each holds the logits of its own ids; only sums per step are exchanged.
 
