@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from retort.models.lora import add_adapter
 from retort.rollout.engines import guard
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
-from retort.rollout.engines.vllm_server import reason, vllm_of
+from retort.rollout.engines.vllm_server import end, reason, vllm_of
 from retort.rollout.engines.vllm_weights import save_weights, weights_of
 from retort.train import runner
 from retort.train.models.other_engine import check_other_engine, other_engine
@@ -208,3 +209,20 @@ def test_a_child_and_all_that_it_started_end_with_whoever_is_killed(killed: str)
         for pid in [sleeper, shell, between]:
             if not gone(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_a_server_that_was_ended_has_no_process_any_more() -> None:
+    """The leader of a group is gone at once, and a process with much memory only a while after it."""
+    child = "import time; held = bytearray(b'1') * 2**29; print(len(held), flush=True); time.sleep(300)"
+    leader = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", leader], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    assert int(process.stdout.readline()) == 2**29
+    end(process)
+    left: list[str] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # another process that has ended meanwhile
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            left += [path.parent.name] if int(group) == process.pid and state not in "ZX" else []
+    process.stdout.close()
+    assert not left

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -120,4 +121,50 @@ class Engine(Protocol):
             version: Optimizer steps that the weights have taken.
             weights: The weights by name, for an engine with a copy; None for one that uses the live ones.
         """
+        ...
+
+
+class FollowingEngine(Engine, Protocol):
+    """An engine with a copy of a model's weights, which follow the model's whenever they are sent.
+
+    It may generate in one thread while the model learns in another: `keep` is called where the model is at rest, and
+    `update` with that version by whoever generates, before the first completion that is to have these weights.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages: `vLLM`."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that it has; -1 before the first."""
+        ...
+
+    @property
+    def noise_floor(self) -> float:
+        """Mean size of the difference of its log-probs from the model's when both last had one version, nats."""
+        ...
+
+    def open(self, folder: Path) -> None:
+        """Has weights and logs kept in a folder from now on; of what was left in it, nothing is read."""
+        ...
+
+    def keep(self, version: int) -> None:
+        """Keeps the model's weights as they are now until `update(version)`; those of older versions are let go then.
+
+        Args:
+            version: Optimizer steps that they have taken.
+
+        Raises:
+            RunError: The disk is full.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what it started, and removes the weights that it read."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Of a step: what it measured, by the name of a metric."""
         ...

@@ -26,6 +26,8 @@ LOG = "vllm.log"
 _STARTS, _ANSWERS, _SAYS = 1800.0, 21_600.0, 120.0
 #: Seconds between two looks at a server that starts.
 _EVERY = 0.25
+#: Seconds for processes that were killed to be gone, which takes longest with much memory, and between two looks at them.
+_GOES, _LOOKS = 30.0, 0.01
 #: Characters of the log's end that are looked through for a reason.
 _TAIL = 20_000
 #: Nothing is fetched and nobody told; threads go where the system puts them; `/collective_rpc` answers.
@@ -132,7 +134,7 @@ class VLLMServer:
                 env=surroundings(cpu=cpu),
                 start_new_session=True,
             )
-        self._ends = weakref.finalize(self, _end, self._process)
+        self._ends = weakref.finalize(self, end, self._process)
         self._client = Client(f"http://127.0.0.1:{port}", timeout=_ANSWERS, patience=0, concurrency=requests)
         try:
             self._wait()
@@ -206,13 +208,34 @@ def reason(log: str) -> str:
     return (own or errors or told or [""])[-1]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that leads a group, with its group, and waits until all of them are gone, memory and ports too."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    ends = time.monotonic() + _GOES
+    while _lives(process.pid) and time.monotonic() < ends:
+        time.sleep(_LOOKS)
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()
+
+
+def _lives(group: int) -> bool:
+    """Whether a process of a group runs. One that has ended and that its parent has yet to notice does not."""
+    try:
+        os.killpg(group, 0)
+    except OSError:  # macOS: not permitted where all of them have ended
+        return False
+    if not Path("/proc/self/stat").is_file():
+        return True
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            # The name before these fields, in brackets, may hold anything.
+            state, _, own = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(own) == group and state not in "ZX":
+                return True
+    return False
 
 
 def memory_of(config: Mapping[str, Any]) -> int:
