@@ -127,7 +127,6 @@ def _pool(
         bound=asked.noise_bound,
         hangs=asked.worker_timeout,
         threads=config.threads,
-        attention=config.attention,
         trust_remote_code=config.trust_remote_code,
     )
     return WorkerPool(lm, vocab, settings, newest, probe)
