@@ -309,8 +309,8 @@ class Crew:
         if hanging:
             rank, count = hanging[0], len(self._ranks)
             raise LostError(
-                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or the link "
-                f"to its machine is cut ({self._seen(rank)})"
+                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or "
+                f"the link to its machine is cut ({self._seen(rank)})"
             )
 
     def _seen(self, rank: int) -> str:
