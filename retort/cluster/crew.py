@@ -15,10 +15,12 @@ from retort.cluster.mailbox import Mailbox
 from retort.cluster.rank import Outcome, Rank, Where
 from retort.cluster.resources import Layout
 from retort.cluster.teacher import Teacher
+from retort.cluster.worker import Worker
 from retort.config import Config
 from retort.errors import RetortError, RunError, UserError, shortened
 from retort.ranks import CLUSTER
 from retort.train.models.at_server import VARIABLE
+from retort.wire.workers import ADDRESSES, KEY
 
 #: Seconds for the other ranks to end, or to be found dead, once one has failed.
 _AFTER = 10.0
@@ -59,7 +61,7 @@ class Crew:
         self._group: Any = None
         self._mailbox: Any = None
         self._ranks: list[Any] = []
-        self._teachers: list[Any] = []
+        self._servers: list[Any] = []
         self._where: list[Where] = []
         self._running: dict[Any, int] = {}
         self._serving: dict[Any, int] = {}
@@ -82,11 +84,11 @@ class Crew:
         self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0).remote()
         count, hangs = self._layout.ranks, self._config.cluster.hangs
         self._ranks = [self._actor(Rank, "rank", number, number) for number in range(count)]
-        self._teachers = [
+        self._servers = [
             self._actor(
-                Teacher, "teacher", number, count + number, self._mailbox, hangs, max_restarts=-1, max_task_retries=-1
+                *(kind, role, number, count + place, self._mailbox, hangs), max_restarts=-1, max_task_retries=-1
             )
-            for number in range(self._layout.teachers)
+            for place, (kind, role, number) in enumerate(self._roles)
         ]
         found = self._got([actor.where.remote() for actor in self._ranks])
         # The first rank owns the folder, so it is the least likely to lose the driver.
@@ -98,11 +100,13 @@ class Crew:
         for rank, actor in enumerate(self._ranks):  # they import what they need while the teacher is loaded
             actor.prepare.remote(known | self._own(rank))
         addresses, common = self._serve(), self._common()
+        teachers, workers = addresses[: self._layout.teachers], addresses[self._layout.teachers :]
+        common |= {ADDRESSES: json.dumps(workers), KEY: self._key} if workers else {}
         for rank, actor in enumerate(self._ranks):
             environment = known | common | self._own(rank)
-            if addresses:
+            if teachers:
                 names = dict.fromkeys((str(self._config.teacher), str(Path(str(self._config.teacher)).resolve())))
-                environment[VARIABLE] = json.dumps(dict.fromkeys(names, addresses[rank % len(addresses)]))
+                environment[VARIABLE] = json.dumps(dict.fromkeys(names, teachers[rank % len(teachers)]))
             began = actor.run.remote(job, self._folder, environment, self._mailbox, f"rank-{rank}", hangs)
             self._running[began] = rank
 
@@ -147,7 +151,7 @@ class Crew:
 
     def close(self) -> None:
         """Ends all actors, and gives their resources back."""
-        actors = [*self._ranks, *self._teachers, *([self._mailbox] if self._mailbox is not None else [])]
+        actors = [*self._ranks, *self._servers, *([self._mailbox] if self._mailbox is not None else [])]
         for actor in actors:
             self._ray.kill(actor)
         if self._running:  # a rank that still lives holds the run's folder
@@ -171,7 +175,7 @@ class Crew:
             has = ", ".join(f"{free.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
             raise UserError(
                 f"the cluster did not have room for the run within {wait:g} seconds (free now: {has}); end what else "
-                "runs there, raise cluster.wait, or lower cluster.ranks or cluster.teachers"
+                "runs there, raise cluster.wait, or lower cluster.ranks, cluster.teachers or rollout.workers"
             )
 
     def _alive(self) -> set[str]:
@@ -197,7 +201,7 @@ class Crew:
         keys = {self._config.server.key, self._config.judge.key}
         passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED) or name in keys}
         threads = {"OMP_NUM_THREADS": str(self._config.cluster.rank_cpus)}
-        key = {self._config.server.key: self._key} if self._teachers else {}
+        key = {self._config.server.key: self._key} if self._layout.teachers else {}
         return {**threads, **passed, **key, CLUSTER: given}
 
     def _common(self) -> dict[str, str]:
@@ -223,26 +227,40 @@ class Crew:
         """Whether all ranks are on one machine, though perhaps on several nodes of Ray."""
         return len({where.host for where in self._where}) == 1
 
+    @property
+    def _roles(self) -> list[tuple[type, str, int]]:
+        """Of each server: what it is, and the name of its role with its number there."""
+        own = [(Teacher, "teacher", number) for number in range(self._layout.teachers)]
+        return [*own, *((Worker, "worker", number) for number in range(self._layout.workers))]
+
+    def _called(self, place: int) -> str:
+        _, role, number = self._roles[place]
+        return f"server {number} of the teacher" if role == "teacher" else f"worker {number}"
+
     def _serve(self) -> list[str]:
-        """Addresses of the servers of the teacher, each of which has begun to answer."""
-        if not self._teachers:
+        """Addresses of the servers of the teacher and of the workers, each of which has begun to answer."""
+        if not self._servers:
             return []
-        places = self._got([actor.where.remote() for actor in self._teachers])
+        places = self._got([actor.where.remote() for actor in self._servers])
         own, self._nodes = [where.host for where in places], [where.node for where in places]
         near = self._alone and set(own) == {self._where[0].host}
         self._at = [(_LOCAL if near else host, 0) for host in own]
         found = self._got([self._asked(number) for number in range(len(own))])
-        problem = next((one.problem for one in found if one.problem), None)
-        if problem is not None:
-            raise UserError(f"a server of the teacher does not start: {problem}")
+        failed = next((number for number, one in enumerate(found) if one.problem), None)
+        if failed is not None:
+            raise UserError(f"{self._called(failed)} does not start: {found[failed].problem}")
         self._at = [(host, one.port) for (host, _), one in zip(self._at, found, strict=True)]
         return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in self._at]
 
     def _asked(self, number: int) -> Any:
         host, port = self._at[number]
+        if number >= self._layout.teachers:
+            asked = self._config
+            device, threads = "cpu" if asked.device == "cpu" else "auto", asked.threads or asked.cluster.worker_cpus
+            return self._servers[number].serve.remote(host, port, self._key, device, threads, asked.trust_remote_code)
         config = self._config.model_copy(update={"threads": self._config.threads or self._config.cluster.teacher_cpus})
         words = [f"{name}={_word(config.value(name))}" for name in _SERVED if config.value(name) is not None]
-        return self._teachers[number].serve.remote(str(config.teacher), words, host, port, self._key)
+        return self._servers[number].serve.remote(str(config.teacher), words, host, port, self._key)
 
     def _look(self) -> None:
         """Looks for actors that hang and for machines that are gone, and has servers that started again serve again.
@@ -258,8 +276,8 @@ class Crew:
         gone = set(self._nodes) - self._alive() if self._nodes else set[str]()
         if gone:
             number = next(number for number, node in enumerate(self._nodes) if node in gone)
-            raise LostError(f"the machine of server {number} of the teacher is gone ({self._at[number][0]})")
-        idle = set(range(len(self._teachers))) - set(self._serving.values())
+            raise LostError(f"the machine of {self._called(number)} is gone ({self._at[number][0]})")
+        idle = set(range(len(self._servers))) - set(self._serving.values())
         self._serving |= {self._asked(number): number for number in idle}
         ended, _ = (
             self._ray.wait(list(self._serving), num_returns=len(self._serving), timeout=0)
@@ -270,9 +288,9 @@ class Crew:
             number = self._serving.pop(reference)
             (one,) = self._got([reference])
             if one.problem is not None:
-                raise RunError(f"server {number} of the teacher ended and does not start again: {one.problem}")
+                raise RunError(f"{self._called(number)} ended and does not start again: {one.problem}")
             if one.began:
-                self._note(f"server {number} of the teacher had ended, and was started again")
+                self._note(f"{self._called(number)} had ended, and was started again")
 
     def _end_hanging(self) -> None:
         """Ends actors that gave no sign of life for `cluster.hangs` seconds.
@@ -282,17 +300,17 @@ class Crew:
         """
         hangs = self._config.cluster.hangs
         (silent,) = self._got([self._mailbox.silent.remote()], hangs)
-        for number, actor in enumerate(self._teachers):
-            if silent.get(f"teacher-{number}", 0) > hangs:
-                self._note(f"server {number} of the teacher gave no sign of life for {hangs:g} seconds: it is ended")
-                self._mailbox.forget.remote(f"teacher-{number}")
+        for place, (actor, (_, role, number)) in enumerate(zip(self._servers, self._roles, strict=True)):
+            if silent.get(f"{role}-{number}", 0) > hangs:
+                self._note(f"{self._called(place)} gave no sign of life for {hangs:g} seconds: it is ended")
+                self._mailbox.forget.remote(f"{role}-{number}")
                 self._ray.kill(actor, no_restart=False)
         hanging = [rank for rank in self._running.values() if silent.get(f"rank-{rank}", 0) > hangs]
         if hanging:
             rank, count = hanging[0], len(self._ranks)
             raise LostError(
-                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or the "
-                f"link to its machine is cut ({self._seen(rank)})"
+                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or "
+                f"the link to its machine is cut ({self._seen(rank)})"
             )
 
     def _seen(self, rank: int) -> str:

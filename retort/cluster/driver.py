@@ -17,6 +17,7 @@ from retort.cluster.crew import Crew, LostError
 from retort.cluster.job import Job, Watcher
 from retort.cluster.resources import Layout, Machine, layout
 from retort.config import Config
+from retort.config.resumed import resumed
 from retort.errors import RunError, UserError
 from retort.files import named
 from retort.train.storage import checkpoint
@@ -80,7 +81,7 @@ class Plan:
 
         if job.resume is not None:
             folder, _ = checkpoint.find(named(job.resume))
-            config = configuration.read_json(folder / "config.json")
+            config = resumed(configuration.read_json(folder / "config.json"), job.changed)
             again = {**config.cluster.model_dump(), **cluster}
             config = config.model_copy(update={"cluster": configuration.resolve({"cluster": again}).cluster})
         else:
