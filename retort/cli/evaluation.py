@@ -88,7 +88,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
             observer.note(note)
         return evaluate_flow(config, model, prompts, teacher, observer)
     own, played = data not in configuration.BUILTIN, config.environment
-    if played is not None and (is_user_defined(config.task) or not rewards(played)):
+    if played is not None and (is_user_defined(config.task) or not rewards(played, config.server.environment_client)):
         played = None
     notes += repeats(prompts, "rows of the data") if own else []
     task = config.task if own or is_user_defined(config.task) else data

@@ -18,7 +18,7 @@ from retort.cluster.teacher import Teacher
 from retort.config import Config
 from retort.errors import RetortError, RunError, UserError, shortened
 from retort.ranks import CLUSTER
-from retort.train.models.at_server import VARIABLE
+from retort.wire.at_server import VARIABLE
 
 #: Seconds for the other ranks to end, or to be found dead, once one has failed.
 _AFTER = 10.0

@@ -111,6 +111,7 @@ class Evaluator:
                 tools=config.rollout.tools,
                 history=config.rollout.history,
                 waiting=config.rollout.waiting,
+                client=config.server.environment_client,
             ),
         )
 

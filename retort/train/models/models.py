@@ -36,8 +36,8 @@ from retort.teachers.reader import Reader
 from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.train.given.given import CallerObjects
-from retort.train.models.at_server import at_server
-from retort.wire import Client, is_url
+from retort.wire.at_server import at_server
+from retort.wire import is_url
 
 #: Where a model comes from: a folder or a hub name, an object of the caller's, or a server of either kind.
 Source = str | InMemoryModel | Server | Endpoint
@@ -91,13 +91,7 @@ def source_of(
             f"student = {path}: the weights of a model that learns, or that `retort eval` evaluates, must be here; "
             "name a folder or a hub name"
         )
-    client = Client(
-        path,
-        key_variable=asked.key,
-        timeout=asked.timeout,
-        patience=asked.patience,
-        concurrency=asked.requests,
-    )
+    client = asked.client(path)
     try:
         return Server.at(client, narrow=asked.payload == "bf16")
     except OtherServer:

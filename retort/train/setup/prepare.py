@@ -110,6 +110,7 @@ class Prepared(Phased):
             UserError: A family that cannot be spread.
         """
         self.teachers.listen(say)
+        self.source.episodes.listen(say)
         if self.asker is not None:
             self.asker.listen(say)
         self.learner.spread(say)
@@ -152,6 +153,7 @@ class Prepared(Phased):
         """Of a step: what teachers, an engine and a model that is asked have to say; all ranks call it."""
         asked, other = self.asker, self.other_engine
         found = {} if asked is None else step_metrics(asked)
+        found |= self.source.episodes.metrics()
         return self.teachers.metrics() | found | ({} if other is None else other.metrics())
 
     def difficulties(
@@ -294,6 +296,7 @@ def _parties(
             tools=config.rollout.tools,
             history=config.rollout.history,
             waiting=config.rollout.waiting,
+            client=config.server.environment_client,
         ),
         whole=student.whole,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
