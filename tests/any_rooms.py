@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from retort.envs.base import SingleTurn
 from retort.tasks.rooms import Rooms
 
 
@@ -18,14 +17,11 @@ class AnyRooms(Rooms):
         return super().reset("three 1", seed)
 
 
-#: The environment of single-turn prompts, as an object.
-ONCE = SingleTurn()
-
-
 class Fatal:
-    """Says how many turns there were, for three turns; the first of its processes that comes to a turn `fatal` ends.
+    """Says how many turns there were, until three or a `7`. Its process may end in the middle of a turn, by signal 9.
 
-    Which turn that is, and how often a process may still end, is in files of the folder that `FATAL` names.
+    In the folder that `FATAL` names, each file `fatal-*` holds the number of a turn that a process ends in, once; and
+    with a file `otherwise` all is said in other words.
     """
 
     max_turns = 3
@@ -38,16 +34,12 @@ class Fatal:
 
     def step(self, text: str) -> Any:
         self.turns += 1
-        self._perhaps(self.turns)
+        for path in sorted(self.folder.glob("fatal-*")):
+            if int(path.read_text()) == self.turns:
+                path.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
         right = text.startswith("7")
-        return self._said(f"add {self.turns}"), float(right), right, {"success": right}
-
-    def _perhaps(self, turn: int) -> None:
-        left = [path for path in sorted(self.folder.glob("fatal-*")) if int(path.read_text()) == turn]
-        if left:
-            left[0].unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
+        return self._said(f"add {self.turns}"), float(len(text)), right, {"success": right}
 
     def _said(self, text: str) -> str:
-        """The text, or another one in processes that were told so when they had started."""
         return f"{text} so" if (self.folder / "otherwise").exists() else text

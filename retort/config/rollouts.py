@@ -59,8 +59,9 @@ class RolloutSection(Section):
     env: Annotated[str, AfterValidator(_env)] | None = Field(
         default=None,
         description="environment that replies to the student's turns: a name that `retort envs` lists, one of your "
-        "own as module:name, or the address of a server that plays it, http://HOST:PORT, or several with commas between "
-        "(docs/rooms.md); the data's prompts are then its tasks, and it grades; null: none, or the one of data=rooms",
+        "own as module:name, or the address of a server that plays it, http://HOST:PORT, or several with commas "
+        "between (docs/rooms.md); the data's prompts are then its tasks, and it grades; null: none, or the one of "
+        "data=rooms",
     )
     max_turns: int | None = Field(
         default=None, ge=1, description="most turns of an episode; null: as many as its environment allows"

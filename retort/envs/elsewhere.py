@@ -1,8 +1,8 @@
 """An environment behind a server: `rollout.env=http://HOST:PORT`, where `retort serve env:NAME` plays it.
 
 A server that is killed and started again knows nothing of its episodes. All replies follow from the prompt, the member
-and what was generated, so an episode is begun anew there, and its turns are played again. Only if they are replied to as
-before does it go on; otherwise it ends with an error, and is not learnt from.
+and what was generated, so an episode is begun anew there, and its turns are played again. Only if the replies are those
+of before does it go on; otherwise it ends with an error, and is not learnt from.
 """
 
 from __future__ import annotations
@@ -369,7 +369,9 @@ def _plain(asked: BaseModel, where: str) -> dict[str, Any]:
     try:
         json.dumps(found, allow_nan=False)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: its messages or tools hold what is no JSON, and cannot be sent to a server") from None
+        raise UserError(
+            f"{where}: its messages or tools hold what is no JSON, and cannot be sent to a server"
+        ) from None
     return found
 
 

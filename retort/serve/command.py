@@ -87,6 +87,9 @@ def _by_rules(config: Config, model: str, key: str, most_tokens: int, say: Calla
 def _environment(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
     """The application of an environment, and what it is."""
     name = model.removeprefix(ENVIRONMENT)
+    given = next((setting for setting in _READ if config.set_by_user(setting)), None)
+    if given is not None:
+        raise UserError(f"retort serve {model} reads no settings of models, and '{given}' is one; leave it out")
     return environment.application(environment.Episodes(name), key=key), f"the environment {name}"
 
 

@@ -1,7 +1,7 @@
 """An environment behind a server: `retort serve env:rooms`. Its client is `retort.envs.elsewhere`.
 
 A group is begun once and a turn is played once, however often a client asks for it because an answer was lost. Episodes
-that nobody closes are dropped after a while. `fastapi` is part of the extra `serve`, and imported when a server is made.
+that nobody closes are dropped after a while. `fastapi` is part of the extra `serve`; it is imported for a server.
 """
 
 from __future__ import annotations
@@ -210,7 +210,9 @@ class Episodes:
         prompt, environment = asked.prompt.prompt(), self._environment(asked.tools)
         held: list[_Held] = []
         try:
-            episodes: Sequence[Episode] = _guarded("begin_group", lambda: environment.begin_group(prompt, asked.members))
+            episodes: Sequence[Episode] = _guarded(
+                "begin_group", lambda: environment.begin_group(prompt, asked.members)
+            )
             held = [_Held(episode, prompt.id) for episode in episodes]
             if len(held) != len(asked.members):
                 raise UserError(
@@ -240,7 +242,8 @@ class Episodes:
                 calls = [own.call for own in asked.calls]
             except (ValueError, RecursionError):
                 raise UserError(f"{where}: the calls of the turn cannot be read") from None
-            found = _guarded("called", lambda: getattr(held.episode, "called")(asked.text, calls))
+            episode: Any = held.episode
+            found = _guarded("called", lambda: episode.called(asked.text, calls))
         return wired.SentReply.of(found, where).model_dump()
 
     def _found(self, asked: wired.Named) -> _Held:

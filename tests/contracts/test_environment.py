@@ -108,8 +108,8 @@ PACKAGES: dict[str, Callable[[], Environment]] = {
 }
 #: Those that a server in a process of its own plays, by what it is told to play.
 SERVED = {
-    "single turn, elsewhere": "any_rooms:ONCE",
     "rooms, elsewhere": "any_rooms:AnyRooms",
+    "rooms, elsewhere, behind the expert": "any_rooms:AnyRooms",
     "python, elsewhere": "python",
 }
 SCRIPTS = [
@@ -138,7 +138,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
 def environment(request: pytest.FixtureRequest) -> Environment:
     name = request.param
     if name in SERVED:
-        return registry.load(request.getfixturevalue("elsewhere")(SERVED[name]))
+        there = registry.load(request.getfixturevalue("elsewhere")(SERVED[name]))
+        return BehindExpert(there, 3) if name.endswith("expert") else there
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]()
     if not registry.ENVIRONMENTS[name].installed:

@@ -36,8 +36,8 @@ from retort.teachers.reader import Reader
 from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.train.given.given import CallerObjects
-from retort.wire.at_server import at_server
 from retort.wire import is_url
+from retort.wire.at_server import at_server
 
 #: Where a model comes from: a folder or a hub name, an object of the caller's, or a server of either kind.
 Source = str | InMemoryModel | Server | Endpoint

@@ -162,9 +162,7 @@ def graders(
     own = (caller_objects or CallerObjects()).verifier(config, train)
     if own is not None:
         return own, own
-    if config.environment is not None and rewards(
-        config.environment, config.server.environment_client
-    ):
+    if config.environment is not None and rewards(config.environment, config.server.environment_client):
         played = ByEnvironment(config.environment)
         return played, played
     task = config.data if config.builtin else config.task
