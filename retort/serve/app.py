@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,7 @@ from typing import Any
 from torch import OutOfMemoryError, Tensor
 
 import retort
-from retort.errors import RetortError, UserError
-from retort.serve.http import keyed, refusal
+from retort.errors import RetortError, UserError, shortened, visible
 from retort.serve.images import LackingError
 from retort.serve.scorer import OtherWeightsError, Scorer, TooLargeError
 from retort.wire.media import MOST_SENT
@@ -51,7 +51,14 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
 
     app = FastAPI(title="retort serve", version=retort.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     compute, read = _Turns(most_waiting), _Read()
-    keyed(app, key, refusal)
+
+    @app.middleware("http")
+    async def keyed(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("Authorization", "")
+        allowed = not key or hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {key}".encode())
+        if not allowed and request.url.path != HEALTH:
+            return _refusal(401, "a key is needed")
+        return await go_on(request)
 
     def route(path: str, work: Work, most: int, told: str) -> None:
         async def answer(request: Request) -> Response:
@@ -95,16 +102,16 @@ class _Read:
 async def _posted(request: Any, answer: Callable[[bytes], Awaitable[Any]], read: _Read, most: int, told: str) -> Any:
     """The answer to a request with a body, or the refusal of one that is too long or of another type."""
     if request.headers.get("Content-Type") != TENSORS:  # no page of a browser can send that by itself
-        return refusal(415, f"the body is {TENSORS}: a safetensors file")
+        return _refusal(415, f"the body is {TENSORS}: a safetensors file")
     found = bytearray()
     try:
         async for part in request.stream():
             found += part
             read.filled += len(part)
             if len(found) > most:
-                return refusal(413, told)
+                return _refusal(413, told)
             if read.filled > _MOST_READ:
-                return refusal(429, "other requests take all memory for them", **{"Retry-After": _LATER})
+                return _refusal(429, "other requests take all memory for them", **{"Retry-After": _LATER})
         return await answer(bytes(found))
     finally:
         read.filled -= len(found)
@@ -126,23 +133,31 @@ class _Turns:
         from fastapi import Response
 
         if self.waiting >= self._most:
-            return refusal(429, f"{self.waiting} requests are waiting", **{"Retry-After": _LATER})
+            return _refusal(429, f"{self.waiting} requests are waiting", **{"Retry-After": _LATER})
         self.waiting += 1
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except OtherWeightsError as error:
-            return refusal(_CONFLICT, str(error))
+            return _refusal(_CONFLICT, str(error))
         except LackingError as error:
-            return refusal(LACKING, str(error))
+            return _refusal(LACKING, str(error))
         except TooLargeError as error:
-            return refusal(413, str(error))
+            return _refusal(413, str(error))
         except UserError as error:
-            return refusal(400, str(error))
+            return _refusal(400, str(error))
         except RetortError as error:
-            return refusal(500, str(error))
+            return _refusal(500, str(error))
         finally:
             self.waiting -= 1
         return Response(found, media_type=kind)
+
+
+def _refusal(status: int, text: str, **headers: str) -> Any:
+    """An answer that says on one line why there is no other."""
+    from fastapi import Response
+
+    body = json.dumps({"detail": visible(shortened(text, 500))})
+    return Response(body, status, headers, media_type="application/json")
 
 
 def _answered(body: bytes, work: Work) -> bytes:

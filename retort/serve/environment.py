@@ -24,7 +24,7 @@ from retort.envs.dispatch import raised
 from retort.envs.text import MEASURES
 from retort.errors import RetortError, UserError
 from retort.rollout.waiting import in_thread
-from retort.serve.http import TooLong, body_of, keyed, refusal
+from retort.serve.http import guarded, refusal
 from retort.wire.protocol import HEALTH
 
 __all__ = ["Episodes", "application"]
@@ -165,7 +165,7 @@ class Episodes:
         """
         held = self._found(asked)
         with held.lock:
-            texts = _guarded("expert", lambda: list(getattr(held.episode, "expert", list)() or []))
+            texts = _raising("expert", lambda: list(getattr(held.episode, "expert", list)() or []))
         return wired.Way(texts=[str(text) for text in texts]).model_dump()
 
     def close(self, asked: wired.Named) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class Episodes:
         prompt, environment = asked.prompt.prompt(), self._environment(asked.tools)
         held: list[_Held] = []
         try:
-            episodes: Sequence[Episode] = _guarded(
+            episodes: Sequence[Episode] = _raising(
                 "begin_group", lambda: environment.begin_group(prompt, asked.members)
             )
             held = [_Held(episode, prompt.id) for episode in episodes]
@@ -236,14 +236,14 @@ class Episodes:
     def _played(self, held: _Held, asked: wired.Turn) -> dict[str, Any]:
         where = f"row '{held.prompt_id}': the reply to turn {asked.turn}"
         if asked.calls is None:
-            found = _guarded("reply", lambda: held.episode.reply(asked.text))
+            found = _raising("reply", lambda: held.episode.reply(asked.text))
         else:
             try:
                 calls = [own.call for own in asked.calls]
             except (ValueError, RecursionError):
                 raise UserError(f"{where}: the calls of the turn cannot be read") from None
             episode: Any = held.episode
-            found = _guarded("called", lambda: episode.called(asked.text, calls))
+            found = _raising("called", lambda: episode.called(asked.text, calls))
         return wired.SentReply.of(found, where).model_dump()
 
     def _found(self, asked: wired.Named) -> _Held:
@@ -279,7 +279,7 @@ def application(episodes: Episodes, *, key: str = "") -> Any:
 
     hidden: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="retort serve", version=retort.__version__, lifespan=lifespan, **hidden)
-    keyed(app, key, refusal)
+    guarded(app, key)
     work = _Work()
 
     def route(path: str, kind: type[BaseModel], answer: Callable[[Any], Any]) -> None:
@@ -324,10 +324,12 @@ class _Work:
         self.waiting += 1
         try:
             async with self._room:
-                body = await body_of(request, wired.MOST_BYTES)
-                found = await asyncio.wrap_future(in_thread(lambda: _answered(body, kind, answer)))
-        except TooLong:
-            return refusal(413, f"a request has at most {wired.MOST_BYTES:,} bytes")
+                body = bytearray()
+                async for part in request.stream():
+                    body += part
+                    if len(body) > wired.MOST_BYTES:
+                        return refusal(413, f"a request has at most {wired.MOST_BYTES:,} bytes")
+                found = await asyncio.wrap_future(in_thread(lambda: _answered(bytes(body), kind, answer)))
         except FullError:
             return refusal(429, "too many episodes are open", **{"Retry-After": _LATER})
         except GoneError:
@@ -373,7 +375,7 @@ async def _sweep(episodes: Episodes) -> None:
         await asyncio.wrap_future(in_thread(episodes.sweep))
 
 
-def _guarded(method: str, work: Callable[[], R]) -> R:
+def _raising(method: str, work: Callable[[], R]) -> R:
     """What an environment's own code returns; what it raises in one line.
 
     Raises:

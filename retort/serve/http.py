@@ -1,4 +1,7 @@
-"""What every server of Retort's does alike: it asks for a key, reads bodies up to a size, and refuses in one line."""
+"""What servers share: a key that every request brings, and refusals on one line.
+
+`fastapi` is part of the extra `serve`, and imported inside functions.
+"""
 
 from __future__ import annotations
 
@@ -10,45 +13,24 @@ from typing import Any
 from retort.errors import shortened, visible
 from retort.wire.protocol import HEALTH
 
-__all__ = ["TooLong", "body_of", "keyed", "refusal"]
 
-
-class TooLong(Exception):
-    """A body is longer than it may be."""
-
-
-def keyed(app: Any, key: str, refused: Callable[[int, str], Any]) -> None:
-    """Has an application of FastAPI ask for a bearer token, for all paths but `HEALTH`.
+def guarded(app: Any, key: str) -> None:
+    """Has every request but `/health` of an application bring a bearer token; an empty key: none.
 
     Args:
-        app: The application.
-        key: The token; empty: none is asked for.
-        refused: Makes the answer that refuses, of a status and a text.
+        app: Of `fastapi`.
+        key: The token.
     """
     from fastapi import Request, Response
 
-    async def check(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def keyed(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         given = request.headers.get("Authorization", "")
         allowed = not key or hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {key}".encode())
         if not allowed and request.url.path != HEALTH:
-            return refused(401, "a key is needed")
+            return refusal(401, "a key is needed")
         return await go_on(request)
 
-    app.middleware("http")(check)
-
-
-async def body_of(request: Any, most: int) -> bytes:
-    """The body of a request.
-
-    Raises:
-        TooLong: It has more than `most` bytes; no more of it is read.
-    """
-    found = bytearray()
-    async for part in request.stream():
-        found += part
-        if len(found) > most:
-            raise TooLong
-    return bytes(found)
+    app.middleware("http")(keyed)
 
 
 def refusal(status: int, text: str, **headers: str) -> Any:

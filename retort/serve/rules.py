@@ -7,9 +7,10 @@ that are strings to be checked, whatever they claim to be.
 
 from __future__ import annotations
 
+import hmac
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -28,9 +29,7 @@ from retort.rewards.rubric_protocol import (
     VerdictsRequest,
     document_in,
 )
-from retort.serve.http import keyed
 from retort.tasks.countdown import rules as countdown
-from retort.wire.protocol import HEALTH
 
 #: Bytes of the largest request.
 _MOST_BYTES = 8 * 2**20
@@ -138,7 +137,13 @@ def application(name: str, rules: Rules, *, key: str = "") -> Any:
 
     app = FastAPI(title="retort serve", version=retort.__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
-    keyed(app, key, _refusal)
+    @app.middleware("http")
+    async def keyed(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("Authorization", "")
+        allowed = not key or hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {key}".encode())
+        if not allowed and request.url.path != "/health":
+            return _refusal(401, "a key is needed")
+        return await go_on(request)
 
     async def health() -> dict[str, Any]:
         return {"status": "ok", "version": retort.__version__}
@@ -151,7 +156,7 @@ def application(name: str, rules: Rules, *, key: str = "") -> Any:
 
     health.__annotations__ = models.__annotations__ = {}
     completions.__annotations__ = {"request": Request, "return": Response}  # those here are names of this function
-    app.get(HEALTH)(health)
+    app.get("/health")(health)
     app.get("/v1/models")(models)
     app.post("/v1/chat/completions")(completions)
     return app

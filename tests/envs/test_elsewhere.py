@@ -294,9 +294,9 @@ def test_what_is_no_server_of_an_environment_is_refused() -> None:
             source_of(config.server, one, "teacher", student="countdown:student")
     newer = Episodes(here("ONCE"))
     newer.about = lambda asked: {"protocol": 7}  # type: ignore[method-assign]
-    with answering(application(newer)) as one:
-        with pytest.raises(UserError, match="speaks version '?7'? of Retort's protocol.*install the same version"):
-            there(one)
+    spoken = "speaks version '?7'? of Retort's protocol.*install the same version"
+    with answering(application(newer)) as one, pytest.raises(UserError, match=spoken):
+        there(one)
     for name in ("rooms,http://127.0.0.1:8000", "http://127.0.0.1:8000, my_module:Game"):
         with pytest.raises(UserError, match="stands beside the address http://127.0.0.1:8000"):
             configuration.resolve({"rollout": {"env": name}})
