@@ -64,6 +64,7 @@ class Crew:
         self._running: dict[Any, int] = {}
         self._serving: dict[Any, int] = {}
         self._at: list[tuple[str, int]] = []
+        self._nodes: list[str] = []
         self._looked = self._signalled = 0.0
 
     def start(self, job: Job, given: str) -> None:
@@ -79,24 +80,31 @@ class Crew:
         """
         self._reserve()
         self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0).remote()
-        count = self._layout.ranks
+        count, hangs = self._layout.ranks, self._config.cluster.hangs
         self._ranks = [self._actor(Rank, "rank", number, number) for number in range(count)]
         self._teachers = [
-            self._actor(Teacher, "teacher", number, count + number, max_restarts=-1, max_task_retries=-1)
+            self._actor(
+                Teacher, "teacher", number, count + number, self._mailbox, hangs, max_restarts=-1, max_task_retries=-1
+            )
             for number in range(self._layout.teachers)
         ]
         found = self._got([actor.where.remote() for actor in self._ranks])
-        nodes = list(dict.fromkeys(where.node for where in found))
+        # The first rank owns the folder, so it is the least likely to lose the driver.
+        here = self._ray.get_runtime_context().get_node_id()
+        nodes = sorted(dict.fromkeys(where.node for where in found), key=lambda node: node != here)
         order = sorted(range(count), key=lambda number: (nodes.index(found[number].node), found[number].gpus, number))
         self._ranks, self._where = [self._ranks[number] for number in order], [found[number] for number in order]
-        addresses = self._serve()
-        common = self._common(given)
+        known = self._known(given)
+        for rank, actor in enumerate(self._ranks):  # they import what they need while the teacher is loaded
+            actor.prepare.remote(known | self._own(rank))
+        addresses, common = self._serve(), self._common()
         for rank, actor in enumerate(self._ranks):
-            environment = common | self._own(rank)
+            environment = known | common | self._own(rank)
             if addresses:
                 names = dict.fromkeys((str(self._config.teacher), str(Path(str(self._config.teacher)).resolve())))
                 environment[VARIABLE] = json.dumps(dict.fromkeys(names, addresses[rank % len(addresses)]))
-            self._running[actor.run.remote(job, self._folder, environment, self._mailbox)] = rank
+            began = actor.run.remote(job, self._folder, environment, self._mailbox, f"rank-{rank}", hangs)
+            self._running[began] = rank
 
     def events(self) -> list[tuple[str, tuple[Any, ...]]]:
         """What the first rank has said since the last call.
@@ -104,7 +112,7 @@ class Crew:
         Raises:
             LostError: The actor that keeps it is gone.
         """
-        (found,) = self._got([self._mailbox.collect.remote()])
+        (found,) = self._got([self._mailbox.collect.remote()], self._config.cluster.hangs)
         return found
 
     def finished(self, seconds: float) -> bool:
@@ -152,8 +160,13 @@ class Crew:
         if self._group.wait(_LOOK * 5):
             return
         wait = self._config.cluster.wait
-        self._note(f"others use the cluster: waiting up to {wait:g} seconds for CPUs and GPUs (cluster.wait)")
-        if not self._group.wait(wait):
+        self._note(f"the cluster has no room now: waiting up to {wait:g} seconds for CPUs and GPUs (cluster.wait)")
+        ends, alive = time.monotonic() + wait, self._alive()
+        while not self._group.wait(min(_LOOK * 2, max(0.0, ends - time.monotonic()))):
+            if self._config.cluster.ranks is None and alive - self._alive():
+                raise LostError("a machine of the cluster is gone")
+            if time.monotonic() < ends:
+                continue
             free = self._ray.available_resources()
             has = ", ".join(f"{free.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
             raise UserError(
@@ -161,7 +174,11 @@ class Crew:
                 "runs there, raise cluster.wait, or lower cluster.ranks or cluster.teachers"
             )
 
-    def _actor(self, kind: type, role: str, number: int, bundle: int, **options: Any) -> Any:
+    def _alive(self) -> set[str]:
+        """Machines of the cluster, by what Ray calls them."""
+        return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+
+    def _actor(self, kind: type, role: str, number: int, bundle: int, *arguments: Any, **options: Any) -> Any:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
 
         needs = self._layout.bundles[bundle]
@@ -173,20 +190,20 @@ class Crew:
             scheduling_strategy=strategy,
             **options,
         )
-        return made.remote(f"{role}-{number}", self._folder)
+        return made.remote(f"{role}-{number}", self._folder, *arguments)
 
-    def _common(self, given: str) -> dict[str, str]:
-        """Variables of all ranks."""
-        (port,) = self._got([self._ranks[0].free_port.remote()])
+    def _known(self, given: str) -> dict[str, str]:
+        """Variables of all ranks that are known before they are brought together."""
         keys = {self._config.server.key, self._config.judge.key}
         passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED) or name in keys}
         threads = {"OMP_NUM_THREADS": str(self._config.cluster.rank_cpus)}
         key = {self._config.server.key: self._key} if self._teachers else {}
+        return {**threads, **passed, **key, CLUSTER: given}
+
+    def _common(self) -> dict[str, str]:
+        """Variables of all ranks by which they find one another."""
+        (port,) = self._got([self._ranks[0].free_port.remote()])
         return {
-            **threads,
-            **passed,
-            **key,
-            CLUSTER: given,
             "WORLD_SIZE": str(len(self._ranks)),
             "MASTER_ADDR": _LOCAL if self._alone else self._where[0].host,
             "MASTER_PORT": str(port),
@@ -210,7 +227,8 @@ class Crew:
         """Addresses of the servers of the teacher, each of which has begun to answer."""
         if not self._teachers:
             return []
-        own = self._got([actor.host.remote() for actor in self._teachers])
+        places = self._got([actor.where.remote() for actor in self._teachers])
+        own, self._nodes = [where.host for where in places], [where.node for where in places]
         near = self._alone and set(own) == {self._where[0].host}
         self._at = [(_LOCAL if near else host, 0) for host in own]
         found = self._got([self._asked(number) for number in range(len(own))])
@@ -227,10 +245,20 @@ class Crew:
         return self._teachers[number].serve.remote(str(config.teacher), words, host, port, self._key)
 
     def _look(self) -> None:
-        """Has servers that were started again serve again."""
+        """Looks for actors that hang and for machines that are gone, and has servers that started again serve again.
+
+        Raises:
+            LostError: A rank hangs, or the machine of a server is gone.
+            RunError: A server does not start again.
+        """
         if time.monotonic() - self._looked < _LOOK:
             return
         self._looked = time.monotonic()
+        self._end_hanging()
+        gone = set(self._nodes) - self._alive() if self._nodes else set[str]()
+        if gone:
+            number = next(number for number, node in enumerate(self._nodes) if node in gone)
+            raise LostError(f"the machine of server {number} of the teacher is gone ({self._at[number][0]})")
         idle = set(range(len(self._teachers))) - set(self._serving.values())
         self._serving |= {self._asked(number): number for number in idle}
         ended, _ = (
@@ -246,19 +274,39 @@ class Crew:
             if one.began:
                 self._note(f"server {number} of the teacher had ended, and was started again")
 
+    def _end_hanging(self) -> None:
+        """Ends actors that gave no sign of life for `cluster.hangs` seconds.
+
+        Raises:
+            LostError: It was a rank, or the actor that takes the signs.
+        """
+        hangs = self._config.cluster.hangs
+        (silent,) = self._got([self._mailbox.silent.remote()], hangs)
+        for number, actor in enumerate(self._teachers):
+            if silent.get(f"teacher-{number}", 0) > hangs:
+                self._note(f"server {number} of the teacher gave no sign of life for {hangs:g} seconds: it is ended")
+                self._mailbox.forget.remote(f"teacher-{number}")
+                self._ray.kill(actor, no_restart=False)
+        hanging = [rank for rank in self._running.values() if silent.get(f"rank-{rank}", 0) > hangs]
+        if hanging:
+            rank, count = hanging[0], len(self._ranks)
+            raise LostError(
+                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or the link "
+                f"to its machine is cut ({self._seen(rank)})"
+            )
+
+    def _seen(self, rank: int) -> str:
+        return f"{self._where[rank].host}; its log: {self._where[rank].log}"
+
     def _outcomes(self, ended: Sequence[Any]) -> tuple[list[Outcome], list[str]]:
         """Of ranks that have ended: those that failed, and sentences about those that are gone."""
         failed, lost = list[Outcome](), list[str]()
         for reference in ended:
             rank = self._running.pop(reference)
-            where = self._where[rank]
             try:
                 outcome = self._ray.get(reference)
             except self._ray.exceptions.RayError:
-                lost.append(
-                    f"rank {rank} of {len(self._ranks)} was killed or its machine is gone ({where.host}; its log: "
-                    f"{where.log})"
-                )
+                lost.append(f"rank {rank} of {len(self._ranks)} was killed or its machine is gone ({self._seen(rank)})")
                 continue
             if outcome.code:
                 failed.append(outcome)
@@ -272,15 +320,19 @@ class Crew:
             message += f"; where: {self._where[0].log} and the logs of the other ranks"
         return (UserError if told.code == UserError.exit_code else RunError)(message)
 
-    def _got(self, references: Sequence[Any]) -> list[Any]:
+    def _got(self, references: Sequence[Any], seconds: float | None = None) -> list[Any]:
         """Results of actors.
 
+        Args:
+            references: The calls.
+            seconds: For which they are waited for; None: without a limit.
+
         Raises:
-            LostError: One of these is gone, or does not start.
+            LostError: One of these is gone, does not start, or does not answer in time.
             UserError: A machine lacks what an actor imports.
         """
         try:
-            return self._ray.get(list(references))
+            return self._ray.get(list(references), timeout=seconds)
         except self._ray.exceptions.RayError as error:
             said = " ".join(str(error).split())
             lacking = next((part for part in ("ModuleNotFoundError", "ImportError") if part in said), None)

@@ -7,8 +7,11 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from retort.cluster.log import redirect
+from retort.cluster.mailbox import beating
+from retort.cluster.rank import Where, where
 from retort.errors import RetortError
 from retort.wire import KEY_VARIABLE
 
@@ -31,18 +34,24 @@ class Serving:
 class Teacher:
     """An actor. Its process may be killed at any moment: Ray makes it anew, and the driver has it serve again."""
 
-    def __init__(self, name: str, folder: str) -> None:
-        """As `Rank`."""
+    def __init__(self, name: str, folder: str, mailbox: Any, hangs: float) -> None:
+        """Gives signs of life from now on, also while it loads its model.
+
+        Args:
+            name: As of a `Rank`.
+            folder: As of a `Rank`.
+            mailbox: The handle of a `Mailbox`.
+            hangs: As of a `Rank`.
+        """
         self._log = str(redirect(name))
+        beating(mailbox, name, hangs)
         with contextlib.suppress(OSError):
             os.chdir(folder)
         self._port = 0
 
-    def host(self) -> str:
-        """The address of its machine."""
-        import ray  # pyright: ignore[reportMissingImports]
-
-        return ray.util.get_node_ip_address()
+    def where(self) -> Where:
+        """Where it is."""
+        return where(self._log)
 
     def serve(self, model: str, words: Sequence[str], host: str, port: int, key: str) -> Serving:
         """Serves the teacher from now on, unless it does so already.

@@ -41,6 +41,13 @@ class ClusterSection(Section):
         le=1_000_000,
         description="seconds to wait for CPUs and GPUs that others in the cluster use",
     )
+    hangs: float = Field(
+        default=120.0,
+        ge=1,
+        le=1_000_000,
+        description="seconds without a sign of life after which a rank or a server of the teacher is killed and "
+        "started again, as is one that cannot reach the driver",
+    )
     dashboard: bool = Field(
         default=False,
         description="start Ray's dashboard, on loopback, with a cluster of this machine alone; it needs ray[default]",
