@@ -7,14 +7,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from retort.cluster.job import Job
 from retort.cluster.mailbox import Mailbox
 from retort.cluster.rank import Outcome, Rank, Where
 from retort.cluster.resources import Layout
-from retort.cluster.teacher import Teacher
+from retort.cluster.service import Service, addresses_of, services
 from retort.config import Config
 from retort.errors import RetortError, RunError, UserError, shortened
 from retort.ranks import CLUSTER
@@ -22,13 +21,11 @@ from retort.wire.at_server import VARIABLE
 
 #: Seconds for the other ranks to end, or to be found dead, once one has failed.
 _AFTER = 10.0
-#: Seconds between two looks at the servers of the teacher.
+#: Seconds between two looks at the servers.
 _LOOK = 1.0
 #: Variables that actors get from the command, by how their names begin.
 _PASSED = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "NCCL_", "GLOO_", "TORCH_")
 _LOCAL = "127.0.0.1"
-#: Settings of `retort serve` that a run has, too.
-_SERVED = ("precision", "device", "attention", "threads", "trust_remote_code", "weights")
 
 
 class LostError(Exception):
@@ -55,11 +52,12 @@ class Crew:
             note: Takes a line for the user.
         """
         self._ray, self._config, self._layout, self._note = ray, config, layout, note
-        self._folder, self._key = os.getcwd(), secrets.token_urlsafe(24)
+        self._folder, self._key = os.getcwd(), _key(config)
         self._group: Any = None
         self._mailbox: Any = None
         self._ranks: list[Any] = []
-        self._teachers: list[Any] = []
+        self._services: list[Service] = []
+        self._servers: list[Any] = []
         self._where: list[Where] = []
         self._running: dict[Any, int] = {}
         self._serving: dict[Any, int] = {}
@@ -68,25 +66,24 @@ class Crew:
         self._looked = self._signalled = 0.0
 
     def start(self, job: Job, given: str) -> None:
-        """Has all actors placed, the teacher served, and the ranks begin.
+        """Has all actors placed, what is shared served, and the ranks begin.
 
         Args:
             job: What the ranks do.
             given: What `--cluster` was given.
 
         Raises:
-            UserError: Others use the cluster for longer than `cluster.wait`, or the teacher cannot be served.
+            UserError: Others use the cluster for longer than `cluster.wait`, or something cannot be served.
             LostError: An actor does not start.
         """
         self._reserve()
         self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0).remote()
         count, hangs = self._layout.ranks, self._config.cluster.hangs
-        self._ranks = [self._actor(Rank, "rank", number, number) for number in range(count)]
-        self._teachers = [
-            self._actor(
-                Teacher, "teacher", number, count + number, self._mailbox, hangs, max_restarts=-1, max_task_retries=-1
-            )
-            for number in range(self._layout.teachers)
+        self._ranks = [self._actor(Rank, f"rank-{number}", number) for number in range(count)]
+        self._services, lasting = services(self._config), {"max_restarts": -1, "max_task_retries": -1}
+        self._servers = [
+            self._actor(own.actor, self._name(number), count + number, self._mailbox, hangs, **lasting)
+            for number, own in enumerate(self._services)
         ]
         found = self._got([actor.where.remote() for actor in self._ranks])
         # The first rank owns the folder, so it is the least likely to lose the driver.
@@ -101,8 +98,7 @@ class Crew:
         for rank, actor in enumerate(self._ranks):
             environment = known | common | self._own(rank)
             if addresses:
-                names = dict.fromkeys((str(self._config.teacher), str(Path(str(self._config.teacher)).resolve())))
-                environment[VARIABLE] = json.dumps(dict.fromkeys(names, addresses[rank % len(addresses)]))
+                environment[VARIABLE] = json.dumps(addresses_of(addresses, rank))
             began = actor.run.remote(job, self._folder, environment, self._mailbox, f"rank-{rank}", hangs)
             self._running[began] = rank
 
@@ -147,7 +143,7 @@ class Crew:
 
     def close(self) -> None:
         """Ends all actors, and gives their resources back."""
-        actors = [*self._ranks, *self._teachers, *([self._mailbox] if self._mailbox is not None else [])]
+        actors = [*self._ranks, *self._servers, *([self._mailbox] if self._mailbox is not None else [])]
         for actor in actors:
             self._ray.kill(actor)
         if self._running:  # a rank that still lives holds the run's folder
@@ -171,14 +167,14 @@ class Crew:
             has = ", ".join(f"{free.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
             raise UserError(
                 f"the cluster did not have room for the run within {wait:g} seconds (free now: {has}); end what else "
-                "runs there, raise cluster.wait, or lower cluster.ranks or cluster.teachers"
+                "runs there, raise cluster.wait, or lower cluster.ranks or the numbers of servers"
             )
 
     def _alive(self) -> set[str]:
         """Machines of the cluster, by what Ray calls them."""
         return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
 
-    def _actor(self, kind: type, role: str, number: int, bundle: int, *arguments: Any, **options: Any) -> Any:
+    def _actor(self, kind: type, name: str, bundle: int, *arguments: Any, **options: Any) -> Any:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
 
         needs = self._layout.bundles[bundle]
@@ -190,14 +186,14 @@ class Crew:
             scheduling_strategy=strategy,
             **options,
         )
-        return made.remote(f"{role}-{number}", self._folder, *arguments)
+        return made.remote(name, self._folder, *arguments)
 
     def _known(self, given: str) -> dict[str, str]:
         """Variables of all ranks that are known before they are brought together."""
         keys = {self._config.server.key, self._config.judge.key}
         passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED) or name in keys}
         threads = {"OMP_NUM_THREADS": str(self._config.cluster.rank_cpus)}
-        key = {self._config.server.key: self._key} if self._teachers else {}
+        key = {self._config.server.key: self._key} if self._servers else {}
         return {**threads, **passed, **key, CLUSTER: given}
 
     def _common(self) -> dict[str, str]:
@@ -223,26 +219,35 @@ class Crew:
         """Whether all ranks are on one machine, though perhaps on several nodes of Ray."""
         return len({where.host for where in self._where}) == 1
 
-    def _serve(self) -> list[str]:
-        """Addresses of the servers of the teacher, each of which has begun to answer."""
-        if not self._teachers:
+    def _serve(self) -> list[tuple[Service, str]]:
+        """What servers serve, and their addresses; each has begun to answer."""
+        if not self._servers:
             return []
-        places = self._got([actor.where.remote() for actor in self._teachers])
+        places = self._got([actor.where.remote() for actor in self._servers])
         own, self._nodes = [where.host for where in places], [where.node for where in places]
         near = self._alone and set(own) == {self._where[0].host}
         self._at = [(_LOCAL if near else host, 0) for host in own]
         found = self._got([self._asked(number) for number in range(len(own))])
-        problem = next((one.problem for one in found if one.problem), None)
-        if problem is not None:
-            raise UserError(f"a server of the teacher does not start: {problem}")
+        for own, one in zip(self._services, found, strict=True):
+            if one.problem is not None:
+                raise UserError(f"a server of the {own.role} does not start: {one.problem}")
         self._at = [(host, one.port) for (host, _), one in zip(self._at, found, strict=True)]
-        return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in self._at]
+        urls = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in self._at]
+        return list(zip(self._services, urls, strict=True))
 
     def _asked(self, number: int) -> Any:
-        host, port = self._at[number]
-        config = self._config.model_copy(update={"threads": self._config.threads or self._config.cluster.teacher_cpus})
-        words = [f"{name}={_word(config.value(name))}" for name in _SERVED if config.value(name) is not None]
-        return self._teachers[number].serve.remote(str(config.teacher), words, host, port, self._key)
+        (host, port), own = self._at[number], self._services[number]
+        return self._servers[number].serve.remote(own.given, own.words, host, port, self._key)
+
+    def _name(self, number: int) -> str:
+        """Name of the actor that is a server: its role, and its number among those of that role."""
+        role = self._services[number].role
+        return f"{role}-{sum(own.role == role for own in self._services[:number])}"
+
+    def _called(self, number: int) -> str:
+        """The same in words."""
+        role, _, own = self._name(number).partition("-")
+        return f"server {own} of the {role}"
 
     def _look(self) -> None:
         """Looks for actors that hang and for machines that are gone, and has servers that started again serve again.
@@ -258,8 +263,8 @@ class Crew:
         gone = set(self._nodes) - self._alive() if self._nodes else set[str]()
         if gone:
             number = next(number for number, node in enumerate(self._nodes) if node in gone)
-            raise LostError(f"the machine of server {number} of the teacher is gone ({self._at[number][0]})")
-        idle = set(range(len(self._teachers))) - set(self._serving.values())
+            raise LostError(f"the machine of {self._called(number)} is gone ({self._at[number][0]})")
+        idle = set(range(len(self._servers))) - set(self._serving.values())
         self._serving |= {self._asked(number): number for number in idle}
         ended, _ = (
             self._ray.wait(list(self._serving), num_returns=len(self._serving), timeout=0)
@@ -270,9 +275,9 @@ class Crew:
             number = self._serving.pop(reference)
             (one,) = self._got([reference])
             if one.problem is not None:
-                raise RunError(f"server {number} of the teacher ended and does not start again: {one.problem}")
+                raise RunError(f"{self._called(number)} ended and does not start again: {one.problem}")
             if one.began:
-                self._note(f"server {number} of the teacher had ended, and was started again")
+                self._note(f"{self._called(number)} had ended, and was started again")
 
     def _end_hanging(self) -> None:
         """Ends actors that gave no sign of life for `cluster.hangs` seconds.
@@ -282,17 +287,17 @@ class Crew:
         """
         hangs = self._config.cluster.hangs
         (silent,) = self._got([self._mailbox.silent.remote()], hangs)
-        for number, actor in enumerate(self._teachers):
-            if silent.get(f"teacher-{number}", 0) > hangs:
-                self._note(f"server {number} of the teacher gave no sign of life for {hangs:g} seconds: it is ended")
-                self._mailbox.forget.remote(f"teacher-{number}")
+        for number, actor in enumerate(self._servers):
+            if silent.get(self._name(number), 0) > hangs:
+                self._note(f"{self._called(number)} gave no sign of life for {hangs:g} seconds: it is ended")
+                self._mailbox.forget.remote(self._name(number))
                 self._ray.kill(actor, no_restart=False)
         hanging = [rank for rank in self._running.values() if silent.get(f"rank-{rank}", 0) > hangs]
         if hanging:
             rank, count = hanging[0], len(self._ranks)
             raise LostError(
-                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or the link "
-                f"to its machine is cut ({self._seen(rank)})"
+                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or the "
+                f"link to its machine is cut ({self._seen(rank)})"
             )
 
     def _seen(self, rank: int) -> str:
@@ -344,5 +349,6 @@ class Crew:
             raise LostError(f"an actor is gone, or does not start: {shortened(said, 300)}") from None
 
 
-def _word(value: Any) -> str:
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+def _key(config: Config) -> str:
+    """The key of the servers: the user's, who may have others under the same variable, or a new one."""
+    return os.environ.get(config.server.key, "").strip() or secrets.token_urlsafe(24)

@@ -1,4 +1,4 @@
-"""A frozen teacher as an actor: `retort serve` in a process that Ray places, and starts again when it ends."""
+"""What ranks share, as an actor: `retort serve` in a process that Ray places, and starts again when it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from retort.wire import KEY_VARIABLE
 
 @dataclass(frozen=True)
 class Serving:
-    """A teacher that answers.
+    """A server that answers.
 
     Attributes:
         port: Where it listens.
@@ -31,11 +31,11 @@ class Serving:
     problem: str | None = None
 
 
-class Teacher:
+class Served:
     """An actor. Its process may be killed at any moment: Ray makes it anew, and the driver has it serve again."""
 
     def __init__(self, name: str, folder: str, mailbox: Any, hangs: float) -> None:
-        """Gives signs of life from now on, also while it loads its model.
+        """Gives signs of life from now on, also while it loads what it serves.
 
         Args:
             name: As of a `Rank`.
@@ -53,11 +53,11 @@ class Teacher:
         """Where it is."""
         return where(self._log)
 
-    def serve(self, model: str, words: Sequence[str], host: str, port: int, key: str) -> Serving:
-        """Serves the teacher from now on, unless it does so already.
+    def serve(self, given: str, words: Sequence[str], host: str, port: int, key: str) -> Serving:
+        """Serves something from now on, unless it does so already.
 
         Args:
-            model: As the argument of `retort serve`, as is `words`.
+            given: As the argument of `retort serve`, as is `words`.
             words: Settings as `key=value`.
             host: Address to listen at.
             port: Port to listen at; 0: any that is free.
@@ -76,7 +76,7 @@ class Teacher:
             from retort.serve.command import serve
 
             try:
-                serve(model, words, host=host, port=port, say=lambda text: print(text, flush=True), listening=listening)
+                serve(given, words, host=host, port=port, say=lambda text: print(text, flush=True), listening=listening)
             except RetortError as error:
                 problems.append(str(error))
             except SystemExit:  # uvicorn's, where it cannot listen
@@ -88,3 +88,11 @@ class Teacher:
         threading.Thread(target=work, daemon=True, name="serve").start()
         changed.wait()
         return Serving(self._port, True, problems[0] if problems else None)
+
+
+class Teacher(Served):
+    """A frozen teacher. Its name is that of its process."""
+
+
+class EnvironmentServer(Served):
+    """The environment of the rollouts, as `Teacher`."""
