@@ -167,7 +167,7 @@ class Crew:
             has = ", ".join(f"{free.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
             raise UserError(
                 f"the cluster did not have room for the run within {wait:g} seconds (free now: {has}); end what else "
-                "runs there, raise cluster.wait, or lower cluster.ranks or the numbers of servers"
+                "runs there, raise cluster.wait, or lower cluster.ranks or the number of servers"
             )
 
     def _alive(self) -> set[str]:

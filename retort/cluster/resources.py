@@ -96,5 +96,5 @@ def _fits(found: Layout, machines: Sequence[Machine]) -> None:
             parts = " and ".join(f"{counted(count, name)} of {needs.get(kind, 0):g}" for name, count, needs in roles)
             raise UserError(
                 f"the run needs {wanted:g} {kind}s ({parts}), and the cluster has {there:g} on "
-                f"{counted(len(machines), 'machine')}; lower cluster.ranks or the numbers of servers, or add machines to it"
+                f"{counted(len(machines), 'machine')}; lower cluster.ranks or the number of servers, or add machines"
             )

@@ -46,25 +46,3 @@ def test_an_environment_on_servers_that_are_killed(nodes: Nodes, tmp_path: Path)
     assert found == rows(alone)
     mine, others = weights(out), weights(alone)
     assert all(bool((mine[name] == others[name]).all()) for name in mine)
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["data=countdown", "student=countdown:student", "teacher=countdown:teacher"], "this run has none"),
-        (["rollout.env=http://127.0.0.1:9"], "http://127.0.0.1:9 is a server already"),
-        (
-            ["cluster.environments=4"],
-            "the run needs 5 CPUs (1 rank of 1 and 4 environments of 1), and the cluster has 4",
-        ),
-    ],
-    ids=["none", "address", "cpus"],
-)
-def test_servers_of_an_environment_that_there_cannot_be(
-    nodes: Nodes, tmp_path: Path, words: list[str], told: str
-) -> None:
-    config = tmp_path / "run.toml"
-    config.write_text(TOML)
-    printed = ended(nodes.train(str(config), "--out", str(tmp_path / "run"), "cluster.environments=1", *words), code=2)
-    (line,) = [line for line in printed.splitlines() if line.startswith("retort: ")]
-    assert told in line and not (tmp_path / "run").exists()
