@@ -92,8 +92,8 @@ def distill(
             setting that contradicts an argument is refused.
         callbacks: Objects with methods of `retort.Callback`, called in this order.
         resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides, a
-            higher budget (`settings={"judge": {"budget_calls": 500}}`) or other workers, callbacks, and again what was an object before:
-            `method`, models, `verifier`.
+            higher budget (`settings={"judge": {"budget_calls": 500}}`), other workers, callbacks, and again what was an
+            object before: `method`, models, `verifier`.
         observer: Receives progress, notes and tables, instead of what is printed by default.
         quiet: Print nothing. By default a run says on standard error what it does, in a notebook below the cell.
 

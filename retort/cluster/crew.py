@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
@@ -13,11 +12,10 @@ from retort.cluster.job import Job
 from retort.cluster.mailbox import Mailbox
 from retort.cluster.rank import Outcome, Rank, Where
 from retort.cluster.resources import Layout
-from retort.cluster.service import Service, addresses_of, services
+from retort.cluster.service import Service, services, variables
 from retort.config import Config
 from retort.errors import RetortError, RunError, UserError, shortened
 from retort.ranks import CLUSTER
-from retort.wire.at_server import VARIABLE
 
 #: Seconds for the other ranks to end, or to be found dead, once one has failed.
 _AFTER = 10.0
@@ -82,7 +80,7 @@ class Crew:
         self._ranks = [self._actor(Rank, f"rank-{number}", number) for number in range(count)]
         self._services, lasting = services(self._config), {"max_restarts": -1, "max_task_retries": -1}
         self._servers = [
-            self._actor(own.actor, self._name(number), count + number, self._mailbox, hangs, **lasting)
+            self._actor(own.actor, own.name, count + number, self._mailbox, hangs, **lasting)
             for number, own in enumerate(self._services)
         ]
         found = self._got([actor.where.remote() for actor in self._ranks])
@@ -94,11 +92,9 @@ class Crew:
         known = self._known(given)
         for rank, actor in enumerate(self._ranks):  # they import what they need while the teacher is loaded
             actor.prepare.remote(known | self._own(rank))
-        addresses, common = self._serve(), self._common()
+        served, common = self._serve(), self._common()
         for rank, actor in enumerate(self._ranks):
-            environment = known | common | self._own(rank)
-            if addresses:
-                environment[VARIABLE] = json.dumps(addresses_of(addresses, rank))
+            environment = known | common | self._own(rank) | variables(served, rank, self._config, self._key)
             began = actor.run.remote(job, self._folder, environment, self._mailbox, f"rank-{rank}", hangs)
             self._running[began] = rank
 
@@ -167,7 +163,7 @@ class Crew:
             has = ", ".join(f"{free.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
             raise UserError(
                 f"the cluster did not have room for the run within {wait:g} seconds (free now: {has}); end what else "
-                "runs there, raise cluster.wait, or lower cluster.ranks or the number of servers"
+                "runs there, raise cluster.wait, or lower the number of ranks, servers or workers"
             )
 
     def _alive(self) -> set[str]:
@@ -193,8 +189,7 @@ class Crew:
         keys = {self._config.server.key, self._config.judge.key}
         passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED) or name in keys}
         threads = {"OMP_NUM_THREADS": str(self._config.cluster.rank_cpus)}
-        key = {self._config.server.key: self._key} if self._servers else {}
-        return {**threads, **passed, **key, CLUSTER: given}
+        return {**threads, **passed, CLUSTER: given}
 
     def _common(self) -> dict[str, str]:
         """Variables of all ranks by which they find one another."""
@@ -230,24 +225,13 @@ class Crew:
         found = self._got([self._asked(number) for number in range(len(own))])
         for own, one in zip(self._services, found, strict=True):
             if one.problem is not None:
-                raise UserError(f"a server of the {own.role} does not start: {one.problem}")
+                raise UserError(f"{own.words} does not start: {one.problem}")
         self._at = [(host, one.port) for (host, _), one in zip(self._at, found, strict=True)]
         urls = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in self._at]
         return list(zip(self._services, urls, strict=True))
 
     def _asked(self, number: int) -> Any:
-        (host, port), own = self._at[number], self._services[number]
-        return self._servers[number].serve.remote(own.given, own.words, host, port, self._key)
-
-    def _name(self, number: int) -> str:
-        """Name of the actor that is a server: its role, and its number among those of that role."""
-        role = self._services[number].role
-        return f"{role}-{sum(own.role == role for own in self._services[:number])}"
-
-    def _called(self, number: int) -> str:
-        """The same in words."""
-        role, _, own = self._name(number).partition("-")
-        return f"server {own} of the {role}"
+        return self._services[number].serve(self._servers[number], *self._at[number], self._key)
 
     def _look(self) -> None:
         """Looks for actors that hang and for machines that are gone, and has servers that started again serve again.
@@ -263,7 +247,7 @@ class Crew:
         gone = set(self._nodes) - self._alive() if self._nodes else set[str]()
         if gone:
             number = next(number for number, node in enumerate(self._nodes) if node in gone)
-            raise LostError(f"the machine of {self._called(number)} is gone ({self._at[number][0]})")
+            raise LostError(f"the machine of {self._services[number].words} is gone ({self._at[number][0]})")
         idle = set(range(len(self._servers))) - set(self._serving.values())
         self._serving |= {self._asked(number): number for number in idle}
         ended, _ = (
@@ -275,9 +259,9 @@ class Crew:
             number = self._serving.pop(reference)
             (one,) = self._got([reference])
             if one.problem is not None:
-                raise RunError(f"{self._called(number)} ended and does not start again: {one.problem}")
+                raise RunError(f"{self._services[number].words} ended and does not start again: {one.problem}")
             if one.began:
-                self._note(f"{self._called(number)} had ended, and was started again")
+                self._note(f"{self._services[number].words} had ended, and was started again")
 
     def _end_hanging(self) -> None:
         """Ends actors that gave no sign of life for `cluster.hangs` seconds.
@@ -287,10 +271,10 @@ class Crew:
         """
         hangs = self._config.cluster.hangs
         (silent,) = self._got([self._mailbox.silent.remote()], hangs)
-        for number, actor in enumerate(self._servers):
-            if silent.get(self._name(number), 0) > hangs:
-                self._note(f"{self._called(number)} gave no sign of life for {hangs:g} seconds: it is ended")
-                self._mailbox.forget.remote(self._name(number))
+        for own, actor in zip(self._services, self._servers, strict=True):
+            if silent.get(own.name, 0) > hangs:
+                self._note(f"{own.words} gave no sign of life for {hangs:g} seconds: it is ended")
+                self._mailbox.forget.remote(own.name)
                 self._ray.kill(actor, no_restart=False)
         hanging = [rank for rank in self._running.values() if silent.get(f"rank-{rank}", 0) > hangs]
         if hanging:

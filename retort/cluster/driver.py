@@ -17,6 +17,7 @@ from retort.cluster.crew import Crew, LostError
 from retort.cluster.job import Job, Watcher
 from retort.cluster.resources import Layout, Machine, layout
 from retort.config import Config
+from retort.config.resumed import resumed
 from retort.envs.elsewhere import addresses
 from retort.errors import RunError, UserError
 from retort.files import named
@@ -81,7 +82,7 @@ class Plan:
 
         if job.resume is not None:
             folder, _ = checkpoint.find(named(job.resume))
-            config = configuration.read_json(folder / "config.json")
+            config = resumed(configuration.read_json(folder / "config.json"), job.changed)
             again = {**config.cluster.model_dump(), **cluster}
             config = config.model_copy(update={"cluster": configuration.resolve({"cluster": again}).cluster})
         else:

@@ -26,6 +26,8 @@ class Layout:
     rank: dict[str, float]
     teachers: int
     teacher: dict[str, float]
+    workers: int = 0
+    worker: dict[str, float] = field(default_factory=lambda: {})
     environments: int = 0
     environment: dict[str, float] = field(default_factory=lambda: {})
 
@@ -40,6 +42,7 @@ class Layout:
         return [
             ("rank", self.ranks, self.rank),
             ("teacher", self.teachers, self.teacher),
+            ("worker", self.workers, self.worker),
             ("environment", self.environments, self.environment),
         ]
 
@@ -62,10 +65,22 @@ def layout(config: Config, machines: Sequence[Machine]) -> Layout:
     teacher_gpus = asked.teacher_gpus if asked.teacher_gpus is not None else 1
     rank = {"CPU": float(asked.rank_cpus), "GPU": 1.0 if on_gpus else 0.0}
     teacher = {"CPU": float(asked.teacher_cpus), "GPU": float(teacher_gpus if on_gpus else 0)}
-    left = int(there - asked.teachers * teacher["GPU"])
+    workers = config.rollout.workers
+    worker_gpus = asked.worker_gpus if asked.worker_gpus is not None else 1
+    worker = {"CPU": float(asked.worker_cpus), "GPU": float(worker_gpus if on_gpus else 0)}
+    left = int(there - asked.teachers * teacher["GPU"] - workers * worker["GPU"])
     ranks = asked.ranks or (max(1, left) if on_gpus else len(machines))
     environment = {"CPU": float(asked.environment_cpus)}
-    found = Layout(ranks, _some(rank), asked.teachers, _some(teacher), asked.environments, _some(environment))
+    found = Layout(
+        ranks=ranks,
+        rank=_some(rank),
+        teachers=asked.teachers,
+        teacher=_some(teacher),
+        workers=workers,
+        worker=_some(worker),
+        environments=asked.environments,
+        environment=environment,
+    )
     _fits(found, machines)
     return found
 
@@ -96,5 +111,5 @@ def _fits(found: Layout, machines: Sequence[Machine]) -> None:
             parts = " and ".join(f"{counted(count, name)} of {needs.get(kind, 0):g}" for name, count, needs in roles)
             raise UserError(
                 f"the run needs {wanted:g} {kind}s ({parts}), and the cluster has {there:g} on "
-                f"{counted(len(machines), 'machine')}; lower cluster.ranks or the number of servers, or add machines"
+                f"{counted(len(machines), 'machine')}; lower the number of ranks, servers or workers, or add machines"
             )

@@ -28,6 +28,12 @@ class ClusterSection(Section):
     teacher_gpus: int | None = Field(
         default=None, ge=0, le=1, description="GPUs of a server of the teacher; default: 1 where there are GPUs"
     )
+    worker_cpus: int = Field(
+        default=1, ge=1, le=1024, description="CPUs of a worker (rollout.workers), and its threads"
+    )
+    worker_gpus: int | None = Field(
+        default=None, ge=0, le=1, description="GPUs of a worker; default: 1 where there are GPUs"
+    )
     environments: int = Field(
         default=0,
         ge=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 from typing import Any
 
@@ -13,7 +14,7 @@ from retort.cluster.connect import connected
 from retort.cluster.driver import Plan
 from retort.cluster.job import Job
 from retort.cluster.resources import Machine, layout
-from retort.cluster.service import addresses_of, services
+from retort.cluster.service import services, variables
 from retort.config import resolve
 from retort.errors import UserError
 
@@ -99,10 +100,15 @@ def test_ranks_share_servers_of_the_environment_and_each_has_one_of_the_teacher(
     config = resolve({"student": "a", "teacher": "/b", "data": "rooms", "cluster": asked})
     found = services(config)
     assert [own.role for own in found] == ["teacher"] * 2 + ["environment"] * 2
-    assert (found[-1].given, found[-1].words) == ("env:rooms", ())
+    assert [own.name for own in found] == ["teacher-0", "teacher-1", "environment-0", "environment-1"]
+    assert found[-1].words == "server 1 of the environment"
     served = list(zip(found, ["http://t:1", "http://t:2", "http://e:3", "http://e:4"], strict=True))
     for rank, teacher in enumerate(("http://t:1", "http://t:2", "http://t:1")):
-        assert addresses_of(served, rank) == {"/b": teacher, "env:rooms": "http://e:3,http://e:4"}
+        own = variables(served, rank, config, "sesame")
+        assert own.pop("RETORT_TEACHER_KEY") == "sesame"
+        assert {name: json.loads(text) for name, text in own.items()} == {
+            "RETORT_SERVED": {"/b": teacher, "env:rooms": "http://e:3,http://e:4"}
+        }
     room = layout(config, [Machine("x", 9, 0)])
     assert room.bundles == [room.rank] + [room.teacher] * 2 + [{"CPU": 3}] * 2
     with pytest.raises(UserError, match=r"1 rank of 1 and 2 teachers of 1 and 2 environments of 3"):

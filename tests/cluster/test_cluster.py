@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
-from clustered import STEPS, Nodes, alike, command, ended, one_line, rows
+from clustered import STEPS, Nodes, after_step, alike, command, ended, ids, one_line, rows
 
 pytestmark = pytest.mark.cluster
 
@@ -39,3 +41,19 @@ def test_what_the_cluster_or_a_rank_refuses(
     told = one_line(nodes.train(str(config), "--out", str(tmp_path / "run"), *words), code=2)
     assert names in told
     assert not (tmp_path / "run").exists()
+
+
+def test_workers_that_ray_places_write_what_the_ranks_would_though_one_is_killed(
+    nodes: Nodes, config: Path, torchrun: Path
+) -> None:
+    out = config.parent / "workers"
+    process = nodes.train(str(config), "--out", str(out), "rollout.workers=2", "cluster.rank_cpus=1")
+    after_step(2, out, process)
+    os.kill(nodes.pids("ray::Worker")[0], signal.SIGKILL)
+    printed = " ".join(ended(process).split())
+    assert "had ended, and was started again" in printed
+    undisturbed, after = rows(torchrun), rows(out)
+    assert [row["loss"] for row in after] == pytest.approx([row["loss"] for row in undisturbed], abs=1e-5)
+    assert ids(out) == ids(torchrun)
+    assert after[0]["engine/restarts"] == 0 < after[-1]["engine/restarts"]
+    assert not nodes.pids("ray::Worker")
