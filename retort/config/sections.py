@@ -27,11 +27,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from retort.core.numbers import number_problem, numeric
-from retort.envs.elsewhere import CALLS
 from retort.errors import UserError, quoted
 from retort.files import unnameable
 from retort.method import COLDEST, HOTTEST
-from retort.wire import CONCURRENCY, KEY_VARIABLE, PATIENCE, TIMEOUT, Client
+from retort.wire import CONCURRENCY, KEY_VARIABLE, PATIENCE, TIMEOUT
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -337,24 +336,6 @@ class ServerSection(Section):
         le=100,
         description="nats by which the log-probs of such a check may differ from those at the start, on average",
     )
-
-    def client(self, url: str, *, concurrency: int | None = None) -> Client:
-        """What speaks to the server at an address; `concurrency` takes the place of `requests`.
-
-        Raises:
-            UserError: See `Client`.
-        """
-        return Client(
-            url,
-            key_variable=self.key,
-            timeout=self.timeout,
-            patience=self.patience,
-            concurrency=concurrency or self.requests,
-        )
-
-    def environment_client(self, url: str) -> Client:
-        """The same for a server of an environment, whose episodes may all wait for their replies at the same time."""
-        return self.client(url, concurrency=CALLS)
 
 
 class CacheSection(Section):

@@ -16,6 +16,7 @@ from retort.align.spanned import align_spans
 from retort.align.stops import StopMap, stop_tokens
 from retort.align.tokens import OtherTokenizer
 from retort.config import Config
+from retort.config.clients import client_of
 from retort.config.sections import ServerSection
 from retort.errors import UserError
 from retort.models.described import describe
@@ -91,7 +92,7 @@ def source_of(
             f"student = {path}: the weights of a model that learns, or that `retort eval` evaluates, must be here; "
             "name a folder or a hub name"
         )
-    client = asked.client(path)
+    client = client_of(asked, path)
     try:
         return Server.at(client, narrow=asked.payload == "bf16")
     except OtherServer:

@@ -13,6 +13,7 @@ import torch
 from retort import registry
 from retort.chat.asking import Asking
 from retort.config import Config
+from retort.config.clients import environment_client
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.method import Method
@@ -297,7 +298,7 @@ def _parties(
             tools=config.rollout.tools,
             history=config.rollout.history,
             waiting=config.rollout.waiting,
-            client=config.server.environment_client,
+            client=environment_client(config.server),
         ),
         whole=student.whole if other is None else other.ready,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
