@@ -58,8 +58,8 @@ class ClusterSection(Section):
         default=120.0,
         ge=1,
         le=1_000_000,
-        description="seconds without a sign of life after which a rank or a server of the teacher is killed and "
-        "started again, as is one that cannot reach the driver",
+        description="seconds without a sign of life after which a rank, a server of the teacher or a worker is "
+        "killed and started again, as is one that cannot reach the driver",
     )
     dashboard: bool = Field(
         default=False,

@@ -37,7 +37,7 @@ def student(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def pool(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerPool]:
     """Two processes for all tests."""
-    made = WorkerPool(student(model_folder(seed=5)), VOCAB, PoolSettings(2, parallel=8, hangs=2.0), probe=PROBE)
+    made = WorkerPool(student(model_folder(seed=5)), VOCAB, PoolSettings(2, parallel=8, hangs=20.0), probe=PROBE)
     made.open(tmp_path_factory.mktemp("pool") / "engine")
     made.update(0)
     yield made
@@ -63,7 +63,11 @@ def test_together_they_write_what_the_own_loop_writes(pool: WorkerPool) -> None:
     assert pool.noise_floor < 1e-5
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],  # noticed after some time
+    ids=["killed", "hung"],
+)
 def test_one_that_ends_or_hangs_is_started_again_and_writes_the_same(pool: WorkerPool, number: int) -> None:
     before, restarts, pids = pool.generate(requests(), Sampling(ROOM)), pool.metrics()["engine/restarts"], pool.pids
     os.killpg(pids[0], number)
