@@ -243,6 +243,7 @@ def test_what_nobody_asks_for_is_dropped_and_begun_anew(monkeypatch: pytest.Monk
         while len(episodes):
             threading.Event().wait(0.01)
         assert [own.closed for own in ONCE.begun] == [1, 1]
+        episodes.idle = 3600.0  # a slow machine would have it dropped once more
         assert first.reply("so") == Reply(over=True, reward=0.5)
         assert games.metrics() == {REPLAYED: 1.0}
         assert games.metrics() == {REPLAYED: 0.0}
