@@ -16,7 +16,7 @@ from pathlib import Path
 
 import retort
 from retort.errors import UserError
-from retort.rollout.engines.processes import end, free_ports, started, told
+from retort.rollout.engines.processes import end, free_ports, last_error, started
 from retort.wire.protocol import HEALTH
 from retort.wire.workers import KEY
 
@@ -119,7 +119,7 @@ class Children:
         while time.monotonic() < ends:
             assert own.process is not None
             if own.process.poll() is not None:
-                raise UserError(f"worker {number} does not start{told(own.log)}; its log: {own.log}")
+                raise UserError(f"worker {number} does not start{last_error(own.log)}; its log: {own.log}")
             own.ask()
             if own.answers:
                 return
@@ -151,7 +151,7 @@ def _watch(children: Sequence[_Child], environment: dict[str, str], ended: threa
                 end(own.process)
                 own.failed += 0 if own.answers else 1
                 if own.failed > _TRIES:
-                    own.problem = f"it ended {own.failed} times in a row before it answered{told(own.log)}"
+                    own.problem = f"it ended {own.failed} times in a row before it answered{last_error(own.log)}"
                 else:
                     own.start(environment)
                 if ended.is_set():  # meanwhile: whoever ended them did not see this one
