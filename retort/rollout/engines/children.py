@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-import retort
 from retort.errors import UserError
 from retort.rollout.engines.processes import end, free_ports, last_error, started
 from retort.wire.protocol import HEALTH
@@ -70,7 +69,7 @@ class Children:
         Raises:
             UserError: One does not start; the line ends with the reason that its log gives.
         """
-        paths = os.pathsep.join([str(Path(retort.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        paths = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
         self._environment = {**os.environ, "PYTHONPATH": paths, KEY: key}
         self._hangs, self._ended = hangs, threading.Event()
         module = [sys.executable, "-P", "-m", MODULE]
