@@ -175,6 +175,7 @@ PLOTS = (
     Curves("Horizon", "turns of the student", {"horizon": "horizon"}, smooth=False),
     Curves("Late replies", "share of episodes", {"timed_out": "ended by the deadline"}, "share", smooth=False),
     Curves("Broken episodes", "of a step, not learnt from", {"episode_errors": "ended in an error"}, smooth=False),
+    Curves("Replayed episodes", "of a step", {"environment/replayed": "begun anew"}, smooth=False),
     Curves("Comparisons given up", "completions of a step, counted as wrong", {"given_up": "given up"}, smooth=False),
     Curves("Length", "tokens per rollout", {"length": "length"}),
     Curves("Truncated", "share of rollouts", {"truncated_fraction": "truncated"}, "share"),

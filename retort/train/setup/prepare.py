@@ -13,6 +13,7 @@ import torch
 from retort import registry
 from retort.chat.asking import Asking
 from retort.config import Config
+from retort.config.clients import environment_client
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.method import Method
@@ -22,7 +23,7 @@ from retort.models.lm import LanguageModel
 from retort.ranks import here
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
-from retort.rollout.engines.vllm import VLLMEngine
+from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.episodes import EpisodeSetup
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.itself import SelfTeacher
@@ -83,7 +84,7 @@ class Prepared(Phased):
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
     asker: Asking | None = None
-    other_engine: VLLMEngine | None = None
+    other_engine: FollowingEngine | None = None
 
     @property
     def student(self) -> LanguageModel:
@@ -110,6 +111,7 @@ class Prepared(Phased):
             UserError: A family that cannot be spread.
         """
         self.teachers.listen(say)
+        self.source.episodes.listen(say)
         if self.asker is not None:
             self.asker.listen(say)
         self.learner.spread(say)
@@ -139,9 +141,10 @@ class Prepared(Phased):
             UserError: It does not start with the student, or computes something else.
         """
         if self.other_engine is not None:
-            self.other_engine.update(self.other_engine.newest())
-            noise = self.other_engine.noise_floor
-            say(f"vLLM generates: its log-probs are {noise:.1e} nats a token from the student's here")
+            other = self.other_engine
+            with other.ready():
+                noise = f"{other.noise_floor:.1e} nats"
+            say(f"{other.name} generates: its log-probs are {noise} a token from the student's here")
 
     def close(self) -> None:
         """Ends what the run started beside itself."""
@@ -152,6 +155,7 @@ class Prepared(Phased):
         """Of a step: what teachers, an engine and a model that is asked have to say; all ranks call it."""
         asked, other = self.asker, self.other_engine
         found = {} if asked is None else step_metrics(asked)
+        found |= self.source.episodes.metrics()
         return self.teachers.metrics() | found | ({} if other is None else other.metrics())
 
     def difficulties(
@@ -294,8 +298,9 @@ def _parties(
             tools=config.rollout.tools,
             history=config.rollout.history,
             waiting=config.rollout.waiting,
+            client=environment_client(config.server),
         ),
-        whole=student.whole,
+        whole=student.whole if other is None else other.ready,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
         shown=local["student"].shown,
     )
