@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ from forked import started
 from safetensors.torch import load_file
 
 from retort import config as configuration
-from retort.errors import RunError, UserError
+from retort.errors import RunError, UnreachableError, UserError
 from retort.train import runner
 from retort.train.events.observe import Silent
+from retort.train.source.written import unstored
 from retort.train.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("models_kept")
@@ -60,6 +62,17 @@ def assert_same(one: Path, two: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
+class Crash(Silent):
+    """Ends the run as a power cut would: nothing is saved after it."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def step(self, step: int, steps: int, metrics: object) -> None:
+        if step == self.at:
+            raise SystemExit("crashed")
+
+
 def test_a_batch_is_written_with_the_weights_of_so_many_steps_before(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     run = start(ahead(tiny_run, 2, steps=5, optimizer={"updates": 1}), tmp_path / "run").go()
     versions = [version for version, _ in engine_of(run).wrote]
@@ -78,3 +91,107 @@ def test_staleness_0_is_the_run_that_writes_when_it_needs(tiny_run: dict[str, An
     run = start(ahead(tiny_run, 0), tmp_path / "none").go()
     assert {thread for _, thread in engine_of(run).wrote} == {"MainThread"}
     assert not any(name.startswith(("staleness/", "idle/", "time/wait")) for name in run.metrics[0])
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_kill_9_and_resume_learns_what_an_undisturbed_run_does(
+    tiny_run: dict[str, Any], tmp_path: Path, staleness: int
+) -> None:
+    settings = ahead(tiny_run, staleness, steps=7, checkpoint={"every": 3}, record={"rollouts": 100})
+    start(settings, tmp_path / "whole").go()
+    process = started(killed_after, settings, tmp_path / "killed", 5)
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(lines(tmp_path / "killed")) == 5
+    runner.resume(tmp_path / "killed").go()
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+    learnt = [
+        (row["step"], row["prompt_id"], row["member"]) for row in lines(tmp_path / "killed", "rollouts.jsonl")
+    ]
+    assert len(learnt) == len(set(learnt)) == 7 * 4
+
+
+def test_a_checkpoint_waits_for_the_batches_under_way_and_holds_them(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    run = start(ahead(tiny_run, 2, steps=3, checkpoint={"every": 1}), tmp_path / "run").go()
+    found = [checkpoint.load(tmp_path / "run" / "checkpoints" / f"step-{step}") for step in (2, 3)]
+    held = [[own.step for own in unstored(one.parts, run.source.prompts)] for one in found]
+    assert held == [[2], []]
+
+
+def test_another_staleness_is_refused_when_a_run_is_resumed(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        start(ahead(tiny_run, 2), folder, Crash(3)).go()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"staleness": 2', '"staleness": 1'))
+    with pytest.raises(UserError, match=r"rollout.staleness = 1 \(it was 2\); put them back in"):
+        runner.resume(folder)
+
+
+def test_what_fails_ahead_is_said_at_the_step_that_needs_it_and_what_was_written_is_learnt(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    run = start(ahead(tiny_run, 2, steps=6, checkpoint={"every": 0}), tmp_path / "run")
+
+    def gone(number: int) -> None:
+        if number == 4:
+            raise UnreachableError("the engine is gone")
+
+    engine_of(run).before = gone
+    with pytest.raises(UnreachableError, match="the engine is gone; everything is saved at step 4 of 6, go on with"):
+        run.go()
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    resumed = runner.resume(tmp_path / "run").go()
+    assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4, 5, 6]
+    # The batches that could not be written are written by the student as it is now.
+    assert [row["staleness/max"] for row in resumed.metrics[4:]] == [0, 2]
+
+
+def test_a_teacher_that_fails_leaves_the_batch_for_the_resumed_run(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ahead(tiny_run, 1, steps=5)
+    start(settings, tmp_path / "whole").go()
+    run = start(settings, tmp_path / "cut")
+    score = type(run.teachers).score
+
+    def fails(*arguments: Any) -> Any:
+        if run.step == 3:
+            raise UnreachableError("the teacher is gone")
+        return score(*arguments)
+
+    monkeypatch.setattr(type(run.teachers), "score", fails)
+    with pytest.raises(UnreachableError, match="the teacher is gone; everything is saved at step 3 of 5"):
+        run.go()
+    monkeypatch.undo()
+    runner.resume(tmp_path / "cut").go()
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_saves_what_is_written_and_ends_the_thread(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    settings = ahead(tiny_run, 1)
+    start(settings, tmp_path / "whole").go()
+
+    class Interrupter(Silent):
+        def step(self, step: int, steps: int, metrics: object) -> None:
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunError, match="everything is saved, go on with"):
+        start(settings, tmp_path / "cut", Interrupter()).go()
+    runner.resume(tmp_path / "cut").go()
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_that_breaks_off_closes_the_engine_under_the_thread(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    run = start(ahead(tiny_run, 2), tmp_path / "run", Crash(1))
+    engine, begun = engine_of(run), threading.Event()
+
+    def until_closed(number: int) -> None:
+        while number == 3 and not engine.closed:
+            begun.wait(0.01)
+
+    engine.before = until_closed
+    with pytest.raises(SystemExit):
+        run.go()
+    assert engine.closed
