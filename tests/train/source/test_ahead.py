@@ -16,8 +16,10 @@ from following import SETTINGS, following, killed_after
 from forked import started
 from safetensors.torch import load_file
 
+from retort import Method, load
 from retort import config as configuration
 from retort.errors import RunError, UnreachableError, UserError
+from retort.rollout.plan import Replay, RolloutPlan
 from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.source.written import unstored
@@ -87,8 +89,10 @@ def test_a_batch_is_written_with_the_weights_of_so_many_steps_before(tiny_run: d
 
 
 def test_staleness_0_is_the_run_that_writes_when_it_needs(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    start(ahead(tiny_run, 0), tmp_path / "other")
-    run = start(ahead(tiny_run, 0), tmp_path / "none").go()
+    uncorrected = {"correction": "none"}
+    run = start(ahead(tiny_run, 0, rollout=uncorrected), tmp_path / "none").go()
+    start(ahead(tiny_run, 0, rollout={**uncorrected, "engine": "own"}), tmp_path / "own").go()
+    assert_same(tmp_path / "none", tmp_path / "own")
     assert {thread for _, thread in engine_of(run).wrote} == {"MainThread"}
     assert not any(name.startswith(("staleness/", "idle/", "time/wait")) for name in run.metrics[0])
 
@@ -195,3 +199,57 @@ def test_a_run_that_breaks_off_closes_the_engine_under_the_thread(tiny_run: dict
     with pytest.raises(SystemExit):
         run.go()
     assert engine.closed
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "the data write some": {"method": {"name": "gkd"}},
+    "a share that a controller moves": {
+        "method": {"name": "skew_kl", "validate_every": 2},
+        "optimizer": {"learning_rate": 0.1},
+    },
+    "easy to hard": {"method": {"name": "sead"}},
+    "a cold start": {"cold_start": {"steps": 3, "answers": "dataset"}},
+    "a teacher that moves": {"method": {"name": "sdpo", "samples": 3, "top_k": 8}, "teacher": None},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_is_resumed_exactly(tiny_run: dict[str, Any], tmp_path: Path, plan: str) -> None:
+    resumed_exactly(ahead(tiny_run, 2, steps=6, record={"rollouts": 100}, **PLANS[plan]), tmp_path)
+
+
+def test_old_rollouts_are_used_again_exactly(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    replayed = RolloutPlan(samples=2, replay=Replay(capacity=6, fresh=0.5))
+    own = Method(name="mine", rollout=replayed, terms=load("gkd").terms)
+    resumed_exactly(ahead(tiny_run, 2, steps=6, method={"name": "gkd"}), tmp_path, own)
+    assert any("replayed_fraction" in row for row in lines(tmp_path / "cut"))
+
+
+def test_episodes_of_many_turns_are_resumed_exactly(tmp_path: Path) -> None:
+    """Their environment begins them with other messages than the data's row."""
+    from players import make_player
+
+    tasks = tmp_path / "data.jsonl"
+    tasks.write_text("".join(json.dumps({"prompt": f"three {number}"}) + "\n" for number in range(12)))
+    models = {name: str(make_player(tmp_path / name, seed=seed)) for name, seed in (("student", 1), ("teacher", 2))}
+    settings = {
+        **models,
+        "data": str(tasks),
+        "precision": "fp32",
+        "device": "cpu",
+        "checks": "skip",
+        "rollout": {"prompts": 4, "max_new_tokens": 40, "env": "rooms"},
+        "optimizer": {"learning_rate": 1e-3, "batch_tokens": 512},
+        "checkpoint": {"every": 2},
+    }
+    method = {"name": "tcod", "curriculum": "backward", "every": 2}
+    resumed_exactly(ahead(settings, 1, steps=4, method=method), tmp_path, crash=3)
+
+
+def resumed_exactly(settings: dict[str, Any], folder: Path, own: Method | None = None, *, crash: int = 5) -> None:
+    config = configuration.resolve(settings, own=own)
+    runner.start(config, folder / "whole", method=own).go()
+    with pytest.raises(SystemExit):
+        runner.start(config, folder / "cut", Crash(crash), method=own).go()
+    runner.resume(folder / "cut", method=own).go()
+    assert_same(folder / "whole", folder / "cut")
