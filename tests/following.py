@@ -58,6 +58,8 @@ class FollowingHere:
 
     def keep(self, version: int) -> None:
         assert threading.current_thread() is threading.main_thread(), "the model may learn meanwhile"
+        if version == self.version or version in self.kept:
+            return
         self.kept[version] = {name: value.detach().clone() for name, value in self.lm.model.state_dict().items()}
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -66,12 +68,16 @@ class FollowingHere:
             return
         if self.own is None:
             self.own = HFEngine(copy.deepcopy(self.lm), vocab=self.vocab, max_parallel=8)
-        if version not in self.kept:
-            self.keep(version)
+        self.keep(version)
         self.own.lm.model.load_state_dict(self.kept.pop(version))
         self.kept = {known: value for known, value in self.kept.items() if known > version}
         self.own.update(version)
         self.version = version
+
+    def ready(self) -> AbstractContextManager[None]:
+        if not self.kept and self.newest() > self.version and not self.wrote:
+            self.update(self.newest())
+        return nullcontext()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         assert self.own is not None, "no weights were sent"

@@ -101,5 +101,7 @@ def test_plans_that_a_cold_start_would_have_to_know_are_refused(name: str, reaso
 
 
 def test_the_loop_in_this_process_is_refused() -> None:
-    with pytest.raises(UserError, match="rollout.staleness=1 needs an engine with weights of its own, and .*engine=own"):
+    with pytest.raises(
+        UserError, match="rollout.staleness=1 needs an engine with weights of its own, and .*engine=own"
+    ):
         check(load("gkd"), engine="own", vllm_python=None)

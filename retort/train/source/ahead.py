@@ -84,7 +84,7 @@ class Ahead:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stopped = False
-        self._next, self._kept = 0, -1
+        self._next = 0
         self._taken: Written | None = None
         self._busy = _Busy()
         self._times: dict[str, float] = {}
@@ -123,9 +123,8 @@ class Ahead:
         began = time.perf_counter()
         self._began, self._stopped = (began, self._busy.seconds()), False
         due = range(max(self._next, clock.step), min(clock.step + self._staleness, self._steps() - 1) + 1)
-        if due and version not in (self._kept, self._engine.version):
+        if due:
             self._engine.keep(version)
-            self._kept = version
         kept = time.perf_counter()
         for step in due:
             own, there = self._at(step)

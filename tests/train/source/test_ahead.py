@@ -109,9 +109,7 @@ def test_kill_9_and_resume_learns_what_an_undisturbed_run_does(
     assert len(lines(tmp_path / "killed")) == 5
     runner.resume(tmp_path / "killed").go()
     assert_same(tmp_path / "whole", tmp_path / "killed")
-    learnt = [
-        (row["step"], row["prompt_id"], row["member"]) for row in lines(tmp_path / "killed", "rollouts.jsonl")
-    ]
+    learnt = [(row["step"], row["prompt_id"], row["member"]) for row in lines(tmp_path / "killed", "rollouts.jsonl")]
     assert len(learnt) == len(set(learnt)) == 7 * 4
 
 

@@ -26,7 +26,9 @@ def rollouts() -> list[Rollout]:
     one = TokenSequence.of([5, 6]).then([7, 8], decided=True)
     two = TokenSequence.of([5]).then([9], decided=True).then([1, 2]).then([3, 4], decided=True)
     return [
-        Rollout(PROMPTS[0], one, engine_logp_A=torch.tensor([-0.1, -1e-7]), policy_version=7, visit=3, text="so", reward=0.1),
+        Rollout(
+            PROMPTS[0], one, engine_logp_A=torch.tensor([-0.1, -1e-7]), policy_version=7, visit=3, text="so", reward=0.1
+        ),
         Rollout(PROMPTS[0], one, member=1, visit=3, status=Status.TRUNCATED, source="dataset", text="é"),
         Rollout(
             BEGUN,
@@ -76,7 +78,10 @@ def test_nothing_is_kept_where_nothing_waits() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sequences": (TokenSequence.of([5], (Media("image", 0, 1, "d"),)).then([7], decided=True),)}, "holds an image"),
+        (
+            {"sequences": (TokenSequence.of([5], (Media("image", 0, 1, "d"),)).then([7], decided=True),)},
+            "holds an image",
+        ),
         ({"prompt": replace(PROMPTS[0], id="row 9")}, "made another task of it"),
         ({"prompt": replace(PROMPTS[0], answer="other")}, "made another task of it"),
     ],
