@@ -10,7 +10,8 @@ from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
 from retort.ranks import here
-from retort.rollout.engines.vllm import PROBE_PROMPTS, VLLMEngine, VLLMSettings
+from retort.rollout.engines.follower import PROBE_PROMPTS
+from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
 from retort.rollout.engines.vllm_server import vllm_of
 
 #: Arguments of the server that are chosen here.

@@ -23,7 +23,7 @@ from retort.models.lm import LanguageModel
 from retort.ranks import here
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
-from retort.rollout.engines.vllm import VLLMEngine
+from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.episodes import EpisodeSetup
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.itself import SelfTeacher
@@ -86,7 +86,7 @@ class Prepared(Phased):
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
     asker: Asking | None = None
-    other_engine: VLLMEngine | None = None
+    other_engine: FollowingEngine | None = None
 
     @property
     def student(self) -> LanguageModel:
@@ -142,9 +142,10 @@ class Prepared(Phased):
             UserError: It does not start with the student, or computes something else.
         """
         if self.other_engine is not None:
-            self.other_engine.update(self.other_engine.newest())
-            noise = self.other_engine.noise_floor
-            say(f"vLLM generates: its log-probs are {noise:.1e} nats a token from the student's here")
+            other = self.other_engine
+            with other.ready():
+                noise = f"{other.noise_floor:.1e} nats"
+            say(f"{other.name} generates: its log-probs are {noise} a token from the student's here")
 
     @cached_property
     def batches(self) -> Source | Ahead:
@@ -308,7 +309,7 @@ def _parties(
             history=config.rollout.history,
             waiting=config.rollout.waiting,
         ),
-        whole=student.whole,
+        whole=student.whole if other is None else other.ready,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
         shown=local["student"].shown,
     )
