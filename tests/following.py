@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class FollowingHere:
         self.kept: dict[int, dict[str, Tensor]] = {}
         self.wrote: list[tuple[int, str]] = []
         self.before: Callable[[int], None] = lambda number: None
-        self.closed = False
+        self.closed = self.waits = False
 
     @property
     def tokenizer(self) -> Any:
@@ -58,9 +58,13 @@ class FollowingHere:
 
     def keep(self, version: int) -> None:
         assert threading.current_thread() is threading.main_thread(), "the model may learn meanwhile"
+        self.waits = True
         if version == self.version or version in self.kept:
             return
-        self.kept[version] = {name: value.detach().clone() for name, value in self.lm.model.state_dict().items()}
+        self.kept[version] = self.copied()
+
+    def copied(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.lm.model.state_dict().items()}
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         assert weights is None
@@ -68,14 +72,16 @@ class FollowingHere:
             return
         if self.own is None:
             self.own = HFEngine(copy.deepcopy(self.lm), vocab=self.vocab, max_parallel=8)
-        self.keep(version)
+        if version not in self.kept:
+            assert not self.waits, "nobody has kept these weights"
+            self.kept[version] = self.copied()
         self.own.lm.model.load_state_dict(self.kept.pop(version))
         self.kept = {known: value for known, value in self.kept.items() if known > version}
         self.own.update(version)
         self.version = version
 
     def ready(self) -> AbstractContextManager[None]:
-        if not self.kept and self.newest() > self.version and not self.wrote:
+        if not self.waits and self.newest() > self.version:
             self.update(self.newest())
         return nullcontext()
 
@@ -86,7 +92,7 @@ class FollowingHere:
         return self.own.generate(requests, sampling)
 
     def close(self) -> None:
-        self.own, self.version, self.closed = None, -1, True
+        self.own, self.version, self.closed, self.waits = None, -1, True, False
 
     def metrics(self) -> dict[str, float]:
         return {}

@@ -40,8 +40,8 @@ def uncorrected(method: Method) -> str | None:
 def on_policy_only(method: Method) -> str | None:
     """Why a method may learn from nothing but what its student writes as it is; None for one that may.
 
-    A weight per token makes a policy gradient right, up to its bound, for rollouts of an older student, and a divergence
-    in closed form is right at every prefix. What remains are estimates from the sampled token that count on who drew it.
+    A weight per token makes a policy gradient right, up to its bound, for rollouts of an older student; a divergence in
+    closed form is right at every prefix. What remains are estimates from the sampled token that count on who drew it.
 
     Args:
         method: Any method, without what comes before it.

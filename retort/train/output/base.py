@@ -63,7 +63,7 @@ class RolloutSource(Protocol):
         ...
 
     def stages(self, times: Mapping[str, float]) -> dict[str, float]:
-        """The times of a step by stage, of those (`time/<part>`, seconds) that the loop took; and what belongs to them."""
+        """The times of a step by stage, of those (`time/<part>`, seconds) that the loop took, and what belongs to it."""
         ...
 
     def probed(self, plan: RolloutPlan, probe: Probe, clock: Clock) -> list[Rollout]:
