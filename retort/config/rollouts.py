@@ -100,12 +100,25 @@ class RolloutSection(Section):
     vllm_options: list[str] = Field(
         default=[], description="further arguments of vLLM's server, such as --tensor-parallel-size=2"
     )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="processes besides that generate, each with a copy of the student, where rollout.engine is own "
+        "(docs/engines.md); 0: the run's own",
+    )
+    worker_timeout: float = Field(
+        default=300.0,
+        gt=0,
+        le=1e6,
+        description="seconds without a sign of life after which a worker is killed and started again",
+    )
     noise_bound: float = Field(
         default=0.1,
         gt=0,
         le=100,
-        description="nats by which vLLM's log-probs of a probe may differ from the student's on average; beyond that "
-        "the run stops",
+        description="nats by which log-probs of a probe by vLLM or by workers may differ from the student's on average; "
+        "beyond that the run stops",
     )
     correction: Literal["truncated", "none"] = Field(
         default="truncated",

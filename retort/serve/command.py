@@ -69,12 +69,11 @@ def serve(
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("retort serve needs the package 'uvicorn': pip install 'retort-distill[serve]'") from None
     app, what = (_by_rules if model.startswith(rules.PREFIX) else _of_model)(config, model, key, most_tokens, say)
-    settings = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
-    _spoken(settings, what, say, listening).run()
+    listen(app, what, host=host, port=port, say=say, listening=listening)
 
 
 def _by_rules(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
@@ -94,8 +93,19 @@ def _of_model(config: Config, model: str, key: str, most_tokens: int, say: Calla
     return app, f"{name} ({lm.precision} on {lm.device.type})"
 
 
-def _spoken(settings: Any, what: str, say: Callable[[str], Any], listening: Callable[[int], Any]) -> Any:
-    """A server that says where it listens once it does."""
+def listen(
+    app: Any, what: str, *, host: str, port: int, say: Callable[[str], Any], listening: Callable[[int], Any]
+) -> None:
+    """Serves an application until the process is interrupted, and says where once it does.
+
+    Args:
+        app: The application.
+        what: What it is, for the sentence.
+        host: See `serve`, as are all others.
+        port: See `serve`.
+        say: See `serve`.
+        listening: See `serve`.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -107,4 +117,4 @@ def _spoken(settings: Any, what: str, say: Callable[[str], Any], listening: Call
                 say(f"serving {what} at http://{shown}:{port}; stop it with Ctrl-C")
                 listening(port)
 
-    return Server(settings)
+    Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)).run()

@@ -26,9 +26,10 @@ from retort.models.load import load_model
 from retort.models.lora import add_adapter
 from retort.rollout.engines import guard
 from retort.rollout.engines.base import Request, Sampling
+from retort.rollout.engines.processes import end, reason
 from retort.rollout.engines.saved import save_weights, weights_of
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
-from retort.rollout.engines.vllm_server import end, reason, vllm_of
+from retort.rollout.engines.vllm_server import vllm_of
 from retort.train import runner
 from retort.train.models.other_engine import check_other_engine, other_engine
 

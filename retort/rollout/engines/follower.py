@@ -96,6 +96,7 @@ class Follower(ABC, Generic[S]):
     _folder: Path | None = None
     _weights: Path | None = field(default=None, init=False)
     _kept: dict[int, _Kept] = field(default_factory=lambda: {}, init=False)
+    _now: tuple[Path, int] | None = field(default=None, init=False)
     _begun: bool = field(default=False, init=False)
     _waits: bool = field(default=False, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -169,7 +170,9 @@ class Follower(ABC, Generic[S]):
         folder = self._saved(version, weights) if kept is None else kept.folder
         moves = kept is not None and (kept.thread != threading.get_ident() or self.newest() != version)
         before, had = self._weights, self.version
+        self._now = folder, version
         try:
+            self._meet()
             self.world.first(lambda: self._send(folder, version))
             self._begun, self.version = True, version
             if not moves:
@@ -211,11 +214,14 @@ class Follower(ABC, Generic[S]):
         if self.world.leads:
             for own in left if self._weights is None else [self._weights, *left]:
                 remove(own)
-        self._weights = None
+        self._weights = self._now = None
 
     def metrics(self) -> dict[str, float]:
         """Of a step: the noise floor that was last measured, nats."""
         return {"engine/noise_floor": self.noise_floor} if math.isfinite(self.noise_floor) else {}
+
+    def _meet(self) -> None:
+        """Brings all ranks together with the engine before weights are sent; all of them call it."""
 
     @abstractmethod
     def _begin(self, folder: Path, version: int) -> None:
@@ -299,6 +305,7 @@ class Follower(ABC, Generic[S]):
             had: Their version.
             error: What went wrong; only errors of ours are raised on all ranks alike.
         """
+        self._now = None if before is None else (before, had)
 
         def restored() -> bool:
             if self._begun and before is not None:
@@ -311,4 +318,4 @@ class Follower(ABC, Generic[S]):
         self.version = had
         if not stays:
             self._end()
-            self._begun, self.version = False, -1
+            self._begun, self.version, self._now = False, -1, None

@@ -64,22 +64,34 @@ def save_weights(lm: LanguageModel, weights: Mapping[str, Tensor], folder: Path,
     state = {name: given(name, tensor) for name, tensor in weights.items()}
     bare = lm.model.generation_config
     try:
-        remove(folder)
-        folder.mkdir()
-        lm.model.generation_config = lm.saved_generation
-        with _tied(lm.model.config, not untied):
-            lm.model.save_pretrained(folder, state_dict=state)
-        # Whoever asks for a completion says where it stops and how it is sampled.
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        _with_vocab(folder / "config.json", vocab)
-    except Exception as error:
+        with writing(folder):
+            remove(folder)
+            folder.mkdir()
+            lm.model.generation_config = lm.saved_generation
+            with _tied(lm.model.config, not untied):
+                lm.model.save_pretrained(folder, state_dict=state)
+            # Whoever asks for a completion says where it stops and how it is sampled.
+            (folder / "generation_config.json").unlink(missing_ok=True)
+            _with_vocab(folder / "config.json", vocab)
+    finally:
+        lm.model.generation_config = bare
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within, a folder is written; where that fails, nothing of it stays.
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:  # a tokenizer that meets a full disk raises a plain Exception
         with contextlib.suppress(OSError):
             remove(folder)
         if not isinstance(error, OSError | SafetensorError) and not disk_full(error):
             raise
         raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
-    finally:
-        lm.model.generation_config = bare
 
 
 def _rows(lm: LanguageModel) -> set[str]:
