@@ -54,7 +54,7 @@ class FollowingHere:
         return self.lm.context
 
     def open(self, folder: Path) -> None:
-        self.closed = False
+        self.closed = self.waits = False
 
     def keep(self, version: int) -> None:
         assert threading.current_thread() is threading.main_thread(), "the model may learn meanwhile"
@@ -92,7 +92,7 @@ class FollowingHere:
         return self.own.generate(requests, sampling)
 
     def close(self) -> None:
-        self.own, self.version, self.closed, self.waits = None, -1, True, False
+        self.own, self.version, self.closed = None, -1, True
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -116,6 +116,12 @@ def following() -> Iterator[None]:
 
 def killed_after(settings: dict[str, Any], folder: Path, step: int) -> None:
     """A run of `following` that kills its process by SIGKILL after a step; for `forked.started`."""
+    with following():
+        killed_with_workers(settings, folder, step)
+
+
+def killed_with_workers(settings: dict[str, Any], folder: Path, step: int) -> None:
+    """The same of a run with the engine that it names."""
     from retort import config
     from retort.train import runner
     from retort.train.events.observe import Silent
@@ -126,5 +132,4 @@ def killed_after(settings: dict[str, Any], folder: Path, step: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     torch.set_num_threads(1)
-    with following():
-        runner.start(config.resolve(settings), folder, Killer()).go()
+    runner.start(config.resolve(settings), folder, Killer()).go()

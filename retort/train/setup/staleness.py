@@ -24,10 +24,11 @@ def check_staleness(config: Config, method: Method) -> None:
         return
     if here().size > 1:
         raise UserError(f"rollout.staleness={staleness} is not offered on several ranks; start one, or set it to 0")
-    if config.rollout.engine == "own":
+    if config.rollout.engine == "own" and not config.rollout.workers:
         raise UserError(
             f"rollout.staleness={staleness} needs an engine with weights of its own, and rollout.engine=own writes "
-            "with the model that learns; set rollout.engine=vllm (docs/overlap.md), or rollout.staleness=0"
+            "with the model that learns; set rollout.workers=1 or rollout.engine=vllm (docs/overlap.md), or "
+            "rollout.staleness=0"
         )
     for phase in [method] if method.before is None else [method.before[1], method]:
         reason = on_policy_only(phase) or _unordered(phase, first=method.before is None)

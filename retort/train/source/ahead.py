@@ -205,7 +205,6 @@ class Ahead:
         self._engine.close()
         if thread is not None:
             thread.join(_PATIENCE)
-            self._engine.close()  # a turn that began meanwhile may have started it again
 
     def _ask(self, job: _Job) -> None:
         with self._changed:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from following import SETTINGS, following, killed_after
+from following import SETTINGS, following, killed_after, killed_with_workers
 from forked import started
 from safetensors.torch import load_file
 
@@ -22,12 +22,14 @@ from retort.errors import RunError, UnreachableError, UserError
 from retort.rollout.plan import Replay, RolloutPlan
 from retort.train import runner
 from retort.train.events.observe import Silent
+from retort.train.models.other_engine import other_engine
+from retort.train.setup import prepare
 from retort.train.source.written import unstored
 from retort.train.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("models_kept")
-#: Metrics that depend on the clock.
-CLOCK = ("time/", "idle/", "tokens_per_second")
+#: Metrics that depend on the clock, or on when the engine had its weights.
+CLOCK = ("time/", "idle/", "tokens_per_second", "engine/")
 
 
 @pytest.fixture(autouse=True)
@@ -251,3 +253,18 @@ def resumed_exactly(settings: dict[str, Any], folder: Path, own: Method | None =
         runner.start(config, folder / "cut", Crash(3), method=own).go()
     runner.resume(folder / "cut", method=own).go()
     assert_same(folder / "whole", folder / "cut")
+
+
+@pytest.mark.slow
+def test_workers_write_ahead_and_a_resumed_run_learns_the_same(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    workers = {"engine": "own", "vllm_python": None, "workers": 1, "noise_bound": 1.0}
+    settings = ahead(tiny_run, 1, rollout=workers, method={"name": "gkd", "divergence": "reverse_kl"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "other_engine", other_engine)
+        whole = start(settings, tmp_path / "whole").go()
+        process = started(killed_with_workers, settings, tmp_path / "killed", 3)
+        process.join(600)
+        assert process.exitcode == -signal.SIGKILL
+        runner.resume(tmp_path / "killed").go()
+    assert [row["staleness/max"] for row in whole.metrics] == [0, 2, 2, 2]
+    assert_same(tmp_path / "whole", tmp_path / "killed")
