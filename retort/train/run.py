@@ -225,7 +225,7 @@ class Run:
             lost = self.source.given_up - before
             with watch("teacher"):
                 self.world.first(lambda: self.teachers.verify(self.step))
-                signals = self._signals(method, groups, self.teachers.wanted(method, self.step))
+                signals = self.source.scored() or self._signals(method, groups, self.teachers.wanted(method, self.step))
         with watch("score"):
             batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
         means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)

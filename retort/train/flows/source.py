@@ -108,6 +108,9 @@ class FlowSource:
             for rollout, grade in zip(rollouts, grades, strict=True)
         ]
 
+    def scored(self) -> None:
+        """Teachers are asked when a batch is learnt from."""
+
     def stages(self, times: Mapping[str, float]) -> dict[str, float]:
         """The times of a step as they are: a batch is written while the step waits for it."""
         return dict(times)

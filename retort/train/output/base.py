@@ -62,6 +62,10 @@ class RolloutSource(Protocol):
         """The rollouts of a batch, by visit to a prompt; `retort.train.source.source.Source` describes it."""
         ...
 
+    def scored(self) -> Mapping[str, TeacherSignal] | None:
+        """What the teachers said of the last batch, if they were asked when it was written; None: ask them now."""
+        ...
+
     def stages(self, times: Mapping[str, float]) -> dict[str, float]:
         """The times of a step by stage, of those (`time/<part>`, seconds) that the loop took, and what belongs to it."""
         ...

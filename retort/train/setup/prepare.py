@@ -55,6 +55,7 @@ from retort.train.source.source import Source
 from retort.train.storage.folder import ENGINE, refuse_unshared
 from retort.train.teaching.authors import drafting
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
+from retort.train.teaching.early import EarlyTeachers
 from retort.train.teaching.teachers import Teachers
 
 
@@ -153,7 +154,7 @@ class Prepared(Phased):
         staleness, engine = self.config.rollout.staleness, self.other_engine
         if not staleness or engine is None:
             return self.source
-        return Ahead(self.source, engine, staleness, self.at, lambda: self.steps)
+        return Ahead(self.source, engine, staleness, self.at, lambda: self.steps, EarlyTeachers(self.teachers))
 
     def close(self) -> None:
         """Ends what the run started beside itself."""

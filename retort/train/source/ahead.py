@@ -13,7 +13,9 @@ from torch import Tensor
 
 from retort.controllers import Probe
 from retort.core.rollouts import Group, Prompt, Rollout
+from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
+from retort.errors import RetortError
 from retort.method import Method
 from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.plan import RolloutPlan
@@ -22,6 +24,8 @@ from retort.train.source.written import Written, stored, unstored
 
 #: Seconds that the end of a run waits for the thread, once the engine is closed.
 _PATIENCE = 60.0
+#: Has teachers score a batch of a step that is written: what they say, or why they do not; nothing: they are asked later.
+Score = Callable[[Method, int, Sequence[Group]], Mapping[str, TeacherSignal] | RetortError]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Ahead:
         staleness: int,
         at: Callable[[int], tuple[Method, Clock]],
         steps: Callable[[], int],
+        score: Score = lambda method, step, groups: {},
     ) -> None:
         """Begins without a thread.
 
@@ -74,7 +79,9 @@ class Ahead:
             staleness: Steps between the weights that write a batch and those that learn from it, at most.
             at: Gives method and clock of a step.
             steps: Gives the number of batches in the run.
+            score: Has teachers score a batch that is written.
         """
+        self._score = score
         self._source, self._engine, self._staleness, self._at, self._steps = source, engine, staleness, at, steps
         self.version, self.failed = 0, tuple[str, ...]()
         self._given_up = 0
@@ -136,9 +143,21 @@ class Ahead:
             "time/sync": kept - began,
             "time/wait": time.perf_counter() - kept,
             "time/generate": taken.seconds,
+            **({"time/teacher": taken.asking} if taken.signals else {}),
             **_staleness(taken.groups, version),
         }
         return taken.groups
+
+    def scored(self) -> Mapping[str, TeacherSignal] | None:
+        """What the teachers said of the last batch that was taken, if they were asked when it was written.
+
+        Raises:
+            RetortError: Why they did not answer.
+        """
+        found = None if self._taken is None else self._taken.signals
+        if isinstance(found, RetortError):
+            raise found
+        return found or None
 
     def stages(self, times: Mapping[str, float]) -> dict[str, float]:
         """The times of a step by stage, the idle shares of trainer, writer and teacher, and how old its tokens are.
@@ -155,7 +174,7 @@ class Ahead:
             "time/other": times["time/other"] + times["time/generate"] - waited,
             "idle/trainer": self._times["time/wait"] / whole,
             "idle/generator": max(0.0, 1.0 - (self._busy.seconds() - busy) / passed),
-            "idle/teacher": 1.0 - times.get("time/teacher", 0.0) / whole,
+            "idle/teacher": max(0.0, 1.0 - {**times, **self._times}.get("time/teacher", 0.0) / whole),
         }
 
     def probed(self, plan: RolloutPlan, probe: Probe, clock: Clock) -> list[Rollout]:
@@ -172,7 +191,7 @@ class Ahead:
 
         def put_back() -> None:
             if self._taken is not before and self._taken is not None:
-                self._ready[self._taken.step] = self._taken
+                self._ready[self._taken.step] = replace(self._taken, signals=None)
                 self._taken = before
 
         return put_back
@@ -256,7 +275,10 @@ class Ahead:
             self._engine.update(job.version)
             groups = source.rollouts(job.method, job.clock, job.version, job.difficulty)
             seconds = time.perf_counter() - began
-        return Written(job.step, job.version, groups, source.given_up - before, tuple(source.failed), seconds)
+        counted = source.given_up - before, tuple(source.failed), seconds
+        began = time.perf_counter()
+        signals = self._score(job.method, job.step, groups)
+        return Written(job.step, job.version, groups, *counted, signals, time.perf_counter() - began)
 
 
 class _Busy:

@@ -137,6 +137,9 @@ class Source:
             )
         return in_groups(self._without_failed(rollouts, clock))
 
+    def scored(self) -> None:
+        """Teachers are asked when a batch is learnt from."""
+
     def stages(self, times: Mapping[str, float]) -> dict[str, float]:
         """The times of a step as they are: a batch is written while the step waits for it."""
         return dict(times)

@@ -13,7 +13,8 @@ from torch import Tensor
 from retort.core.messages import Message
 from retort.core.rollouts import Group, Outcome, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
-from retort.errors import UserError
+from retort.core.signals import TeacherSignal
+from retort.errors import RetortError, UserError
 
 _PREFIX = "waiting/"
 
@@ -29,6 +30,8 @@ class Written:
         given_up: As of `Source`, of this batch.
         failed: As of `Source`, of this batch.
         seconds: How long it took to write.
+        signals: What teachers said of it by then, or why they did not; a checkpoint does not hold it.
+        asking: How long they took, seconds.
     """
 
     step: int
@@ -37,6 +40,8 @@ class Written:
     given_up: int = 0
     failed: tuple[str, ...] = ()
     seconds: float = 0.0
+    signals: Mapping[str, TeacherSignal] | RetortError | None = None
+    asking: float = 0.0
 
 
 def stored(batches: Sequence[Written], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
