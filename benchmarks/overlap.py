@@ -6,8 +6,8 @@
 The engine sleeps for each token of a batch's longest completion, and the learner sleeps in each step, so that neither
 needs this machine's cores: what is measured is the loop between them, on a real run of the built-in task. Lengths are
 drawn, so that batches take longer and shorter (ragged). Hidden: the time that staleness saves, of the most that it
-could save, which is the shorter stage's of the run that writes when it needs. A tokenizer and a small student are at work besides, and their time cannot be
-hidden where they share a core with the rest.
+could save, which is the shorter stage's of the run that writes when it needs. A tokenizer and a small student are at
+work besides, and their time cannot be hidden where they share a core with the rest.
 """
 
 from __future__ import annotations

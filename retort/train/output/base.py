@@ -67,7 +67,7 @@ class RolloutSource(Protocol):
         ...
 
     def stages(self, times: Mapping[str, float]) -> dict[str, float]:
-        """The times of a step by stage, of those (`time/<part>`, seconds) that the loop took, and what belongs to it."""
+        """The times of a step by stage, of those (`time/<part>`, seconds) that the loop took, and more about them."""
         ...
 
     def probed(self, plan: RolloutPlan, probe: Probe, clock: Clock) -> list[Rollout]:

@@ -20,11 +20,11 @@ from retort.method import Method
 from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.plan import RolloutPlan
 from retort.train.source.source import Source
-from retort.train.source.written import Written, stored, unstored
+from retort.train.source.waiting_batches import WaitingBatch, stored, unstored
 
 #: Seconds that the end of a run waits for the thread, once the engine is closed.
 _PATIENCE = 60.0
-#: Has teachers score a batch of a step that is written: what they say, or why they do not; nothing: they are asked later.
+#: Has teachers score a batch of a step: what they say, or why they do not; nothing where they are asked later.
 Score = Callable[[Method, int, Sequence[Group]], Mapping[str, TeacherSignal] | RetortError]
 
 
@@ -87,12 +87,12 @@ class Ahead:
         self._given_up = 0
         self._changed = threading.Condition()
         self._own = threading.local()
-        self._queue, self._ready = deque[_Job](), dict[int, Written]()
+        self._queue, self._ready = deque[_Job](), dict[int, WaitingBatch]()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stopped = False
         self._next = 0
-        self._taken: Written | None = None
+        self._taken: WaitingBatch | None = None
         self._busy = _Busy()
         self._times: dict[str, float] = {}
         self._began = 0.0, 0.0
@@ -235,7 +235,7 @@ class Ahead:
                 self._thread = threading.Thread(target=self._work, name="retort-writer", daemon=True)
                 self._thread.start()
 
-    def _take(self, step: int) -> Written:
+    def _take(self, step: int) -> WaitingBatch:
         with self._changed:
             self._changed.wait_for(lambda: step in self._ready or self._thread is None)
             if step in self._ready:
@@ -267,7 +267,7 @@ class Ahead:
                     self._ready[job.step] = written
                 self._changed.notify_all()
 
-    def _written(self, job: _Job) -> Written:
+    def _written(self, job: _Job) -> WaitingBatch:
         source, self._own.step = self._source, job.step
         before = source.given_up
         with self._busy:
@@ -278,7 +278,7 @@ class Ahead:
         counted = source.given_up - before, tuple(source.failed), seconds
         began = time.perf_counter()
         signals = self._score(job.method, job.step, groups)
-        return Written(job.step, job.version, groups, *counted, signals, time.perf_counter() - began)
+        return WaitingBatch(job.step, job.version, groups, *counted, signals, time.perf_counter() - began)
 
 
 class _Busy:

@@ -24,7 +24,7 @@ from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.models.other_engine import other_engine
 from retort.train.setup import prepare
-from retort.train.source.written import unstored
+from retort.train.source.waiting_batches import unstored
 from retort.train.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("models_kept")

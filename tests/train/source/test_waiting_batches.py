@@ -14,7 +14,7 @@ from retort.core.messages import Message
 from retort.core.rollouts import Outcome, Prompt, Rollout, Status
 from retort.core.sequences import Media, TokenSequence
 from retort.errors import UserError
-from retort.train.source.written import Written, stored, unstored
+from retort.train.source.waiting_batches import WaitingBatch, stored, unstored
 
 PROMPTS = [Prompt(f"row {n}", (Message("user", f"ask {n}"),), answer=str(n), privileged={"hint": "h"}) for n in (1, 2)]
 SAID = (Message("assistant", "I call", {"tool_calls": [{"id": "1"}]}), Message("tool", "é ü"))
@@ -56,7 +56,7 @@ def same(one: Any, two: Any) -> bool:
 
 def test_every_field_comes_back() -> None:
     a, b, c = rollouts()
-    batches = [Written(4, 7, [(a, b), (c,)], 2, ("broke",), 1.5), Written(5, 9, [(c,), (a,)])]
+    batches = [WaitingBatch(4, 7, [(a, b), (c,)], 2, ("broke",), 1.5), WaitingBatch(5, 9, [(c,), (a,)])]
     tensors = {**stored(batches, PROMPTS), "replay/ids": torch.zeros(3)}
     back = unstored(tensors, PROMPTS)
     for old, new in zip(batches, back, strict=True):
@@ -89,6 +89,6 @@ def test_nothing_is_kept_where_nothing_waits() -> None:
 )
 def test_what_would_not_come_back_is_refused(change: Mapping[str, Any], words: str) -> None:
     plain = Rollout(PROMPTS[0], TokenSequence.of([5]).then([7], decided=True))
-    stored([Written(0, 0, [(plain,)])], PROMPTS)
+    stored([WaitingBatch(0, 0, [(plain,)])], PROMPTS)
     with pytest.raises(UserError, match=rf"prompt 'row \d'.*{words}.*set rollout.staleness=0"):
-        stored([Written(0, 0, [(replace(plain, **change),)])], PROMPTS)
+        stored([WaitingBatch(0, 0, [(replace(plain, **change),)])], PROMPTS)

@@ -20,7 +20,7 @@ _PREFIX = "waiting/"
 
 
 @dataclass(frozen=True)
-class Written:
+class WaitingBatch:
     """A batch that was written.
 
     Attributes:
@@ -44,7 +44,7 @@ class Written:
     asking: float = 0.0
 
 
-def stored(batches: Sequence[Written], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+def stored(batches: Sequence[WaitingBatch], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """Batches as tensors; none without any.
 
     Args:
@@ -89,7 +89,7 @@ def stored(batches: Sequence[Written], prompts: Sequence[Prompt]) -> dict[str, T
     return {_PREFIX + name: value for name, value in found.items()}
 
 
-def unstored(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> list[Written]:
+def unstored(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> list[WaitingBatch]:
     """The batches in tensors of a checkpoint, from which `stored` made some; those of other parts are ignored."""
     own = {name.removeprefix(_PREFIX): x for name, x in tensors.items() if name.startswith(_PREFIX)}
     if not own:
@@ -101,7 +101,7 @@ def unstored(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> list[W
     for name in ("logp", "turns"):
         parts[name] = iter(own[name].split([row["steps"] for row in rows if row[name]]))
     return [
-        Written(
+        WaitingBatch(
             batch["step"],
             batch["version"],
             in_groups([_rollout(row, known, parts) for row in batch["rollouts"]]),
