@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from retort.config import Config
 from retort.errors import UserError, counted
@@ -26,11 +26,13 @@ class Layout:
     rank: dict[str, float]
     teachers: int
     teacher: dict[str, float]
+    workers: int = 0
+    worker: dict[str, float] = field(default_factory=lambda: {})
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """The resources of every process: the ranks first."""
-        return [self.rank] * self.ranks + [self.teacher] * self.teachers
+        """The resources of every process: the ranks first, then the servers of the teacher, then the workers."""
+        return [self.rank] * self.ranks + [self.teacher] * self.teachers + [self.worker] * self.workers
 
 
 def layout(config: Config, machines: Sequence[Machine]) -> Layout:
@@ -51,9 +53,14 @@ def layout(config: Config, machines: Sequence[Machine]) -> Layout:
     teacher_gpus = asked.teacher_gpus if asked.teacher_gpus is not None else 1
     rank = {"CPU": float(asked.rank_cpus), "GPU": 1.0 if on_gpus else 0.0}
     teacher = {"CPU": float(asked.teacher_cpus), "GPU": float(teacher_gpus if on_gpus else 0)}
-    left = int(there - asked.teachers * teacher["GPU"])
+    worker_gpus = asked.worker_gpus if asked.worker_gpus is not None else 1
+    workers, worker = (
+        config.rollout.workers,
+        {"CPU": float(asked.worker_cpus), "GPU": float(worker_gpus if on_gpus else 0)},
+    )
+    left = int(there - asked.teachers * teacher["GPU"] - workers * worker["GPU"])
     ranks = asked.ranks or (max(1, left) if on_gpus else len(machines))
-    found = Layout(ranks, _some(rank), asked.teachers, _some(teacher))
+    found = Layout(ranks, _some(rank), asked.teachers, _some(teacher), workers, _some(worker))
     _fits(found, machines)
     return found
 
@@ -64,7 +71,11 @@ def _some(resources: dict[str, float]) -> dict[str, float]:
 
 def _fits(found: Layout, machines: Sequence[Machine]) -> None:
     has = {"CPU": [machine.cpus for machine in machines], "GPU": [machine.gpus for machine in machines]}
-    roles = [("rank", found.ranks, found.rank), ("teacher", found.teachers, found.teacher)]
+    roles = [
+        ("rank", found.ranks, found.rank),
+        ("teacher", found.teachers, found.teacher),
+        ("worker", found.workers, found.worker),
+    ]
     roles = [role for role in roles if role[1]]
     for kind, amounts in has.items():
         for name, _, needs in roles:
@@ -85,5 +96,6 @@ def _fits(found: Layout, machines: Sequence[Machine]) -> None:
             parts = " and ".join(f"{counted(count, name)} of {needs.get(kind, 0):g}" for name, count, needs in roles)
             raise UserError(
                 f"the run needs {wanted:g} {kind}s ({parts}), and the cluster has {there:g} on "
-                f"{counted(len(machines), 'machine')}; lower cluster.ranks or cluster.teachers, or add machines to it"
+                f"{counted(len(machines), 'machine')}; lower cluster.ranks, cluster.teachers "
+                "or rollout.workers, or add machines to it"
             )

@@ -28,6 +28,12 @@ class ClusterSection(Section):
     teacher_gpus: int | None = Field(
         default=None, ge=0, le=1, description="GPUs of a server of the teacher; default: 1 where there are GPUs"
     )
+    worker_cpus: int = Field(
+        default=1, ge=1, le=1024, description="CPUs of a worker (rollout.workers), and its threads"
+    )
+    worker_gpus: int | None = Field(
+        default=None, ge=0, le=1, description="GPUs of a worker; default: 1 where there are GPUs"
+    )
     retries: int = Field(
         default=3,
         ge=0,
@@ -40,6 +46,13 @@ class ClusterSection(Section):
         ge=0,
         le=1_000_000,
         description="seconds to wait for CPUs and GPUs that others in the cluster use",
+    )
+    hangs: float = Field(
+        default=120.0,
+        ge=1,
+        le=1_000_000,
+        description="seconds without a sign of life after which a rank or a server of the teacher is killed and "
+        "started again, as is one that cannot reach the driver",
     )
     dashboard: bool = Field(
         default=False,

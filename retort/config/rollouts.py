@@ -117,7 +117,7 @@ class RolloutSection(Section):
         default=0.1,
         gt=0,
         le=100,
-        description="nats by which log-probs of a probe by vLLM or by workers may differ from the student's on average; "
+        description="nats by which log-probs of a probe by vLLM or workers may differ from the student's on average; "
         "beyond that the run stops",
     )
     correction: Literal["truncated", "none"] = Field(

@@ -25,6 +25,7 @@ from retort.models.images import made_up
 from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
+from retort.rollout.engines.pool import PoolSettings, WorkerPool
 from retort.rollout.engines.sample import nucleus
 from retort.rollout.engines.served import ServedEngine
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
@@ -59,6 +60,17 @@ def with_vllm(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> It
     lm: Any = case.engine.lm  # type: ignore[attr-defined]
     engine = VLLMEngine(lm, VOCAB, VLLMSettings(str(PYTHON), max_parallel=8), probe=[TokenSequence.of([5, 9])])
     engine.open(tmp_path_factory.mktemp("vllm") / "engine")
+    yield replace(case, engine=engine)
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def with_workers(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    """One process for all tests."""
+    case = by_hf(model_folder(seed=5), loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    engine = WorkerPool(lm, VOCAB, PoolSettings(1, parallel=3), probe=[TokenSequence.of([5, 9])])
+    engine.open(tmp_path_factory.mktemp("workers") / "engine")
     yield replace(case, engine=engine)
     engine.close()
 
@@ -114,13 +126,14 @@ ENGINES: dict[str, Callable[..., Case]] = {
     "served": served,
     "scripted": scripted,
 }
-VLLM = "vLLM"
+#: Engines with processes of their own, by the fixture that keeps one for all tests.
+KEPT = {"workers": "with_workers", "vLLM": "with_vllm"}
 
 
-@pytest.fixture(params=[*ENGINES, pytest.param(VLLM, marks=pytest.mark.engines)])
+@pytest.fixture(params=[*ENGINES, "workers", pytest.param("vLLM", marks=pytest.mark.engines)])
 def case(request: pytest.FixtureRequest, model_folder: Any, image_folder: Any) -> Iterator[Case]:
-    if request.param == VLLM:
-        found = request.getfixturevalue("with_vllm")
+    if request.param in KEPT:
+        found = request.getfixturevalue(KEPT[request.param])
         found.engine.update(0)
         yield found
         return
@@ -239,3 +252,30 @@ def test_nothing_asked_is_nothing_written(case: Case) -> None:
     assert case.engine.generate([], Sampling(4)) == []
     assert case.engine.context > 0
     assert case.engine.tokenizer.decode([6])
+
+
+def test_kept_weights_are_those_that_the_model_had_whatever_it_has_learnt_since(case: Case) -> None:
+    """For engines with a copy. It is the last test, because `close` ends what the others share."""
+    engine: Any = case.engine
+    if not hasattr(engine, "keep"):
+        return
+    weight = engine.lm.model.get_output_embeddings().weight
+    before, own = case.engine.generate(requests(), Sampling(ROOM)), weight.detach().clone()
+    try:
+        engine.keep(3)
+        with torch.no_grad():
+            weight.mul_(-1.0)
+        engine.keep(4)
+        with torch.no_grad():
+            weight.zero_()
+        floor = engine.noise_floor
+        for version, same in ((3, True), (4, False)):
+            engine.update(version)
+            found = case.engine.generate(requests(), Sampling(ROOM))
+            assert {one.version for one in found} == {version}
+            assert ([one.ids for one in found] == [one.ids for one in before]) is same
+        assert engine.noise_floor == floor
+    finally:
+        with torch.no_grad():
+            weight.copy_(own)
+        engine.close()

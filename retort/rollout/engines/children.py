@@ -28,6 +28,8 @@ _EVERY, _ASKS = 0.1, 2.0
 _ANSWERS = 2.0
 #: How often in a row a process that ends before it answers is started.
 _TRIES = 3
+#: The program.
+MODULE = "retort.serve.worker"
 
 
 class _Child:
@@ -71,7 +73,7 @@ class Children:
         paths = os.pathsep.join([str(Path(retort.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         self._environment = {**os.environ, "PYTHONPATH": paths, KEY: key}
         self._hangs, self._ended = hangs, threading.Event()
-        module = [sys.executable, "-P", "-m", "retort.serve.worker"]
+        module = [sys.executable, "-P", "-m", MODULE]
         ports = free_ports(len(options))
         self._all = [
             _Child([*module, "--port", str(port), *own], port, folder / f"worker-{number}.log")

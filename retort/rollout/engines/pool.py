@@ -52,7 +52,6 @@ class PoolSettings:
         bound: Nats by which their log-probs of generated tokens may differ from the model's, on average.
         hangs: Seconds without a sign of life after which one that was started here is killed and started again.
         threads: Of each; None: those of this process, shared out.
-        attention: Implementation of attention; None for the model's default.
         trust_remote_code: Whether code of the model's folder is run.
     """
 
@@ -63,7 +62,6 @@ class PoolSettings:
     bound: float = 0.1
     hangs: float = 300.0
     threads: int | None = None
-    attention: str | None = None
     trust_remote_code: bool = False
 
 
@@ -193,14 +191,16 @@ class WorkerPool(Follower[PoolSettings]):
 
     def _read(self, worker: int, folder: Path, version: int, *, again: bool) -> None:
         """Has a worker read weights; `again`: one that had none has begun anew, which is counted."""
-        stops = self.lm.stops
+        from retort.models.packing import unwrapped  # loads transformers
+
+        stops, attention = self.lm.stops, self.lm.model.config._attn_implementation
         settings = {
             "folder": str(folder.resolve()),
             "version": version,
             "vocab": self.rows,
             "stops": [stops.primary, *sorted(stops.ids - {stops.primary})],
             "precision": self.lm.precision,
-            "attention": self.settings.attention,
+            "attention": None if attention is None else unwrapped(attention),
             "parallel": self.settings.parallel,
         }
         found = self._asked(worker, LOAD, {}, settings).get("fresh")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import time
 import weakref
@@ -22,6 +23,9 @@ OLDEST = (0, 32)
 LOG = "vllm.log"
 #: Seconds for a server to read a model, for an answer to any one request, and for an interpreter to say what it has.
 _STARTS, _ANSWERS, _SAYS = 1800.0, 21_600.0, 120.0
+#: Seconds for which a request is made again: the server ends connections that were idle.
+_AGAIN = 1.0
+_TRIED = re.compile(r" \((at the first attempt|after \d+ attempts)\).*")
 #: Seconds between two looks at a server that starts.
 _EVERY = 0.25
 #: Nothing is fetched and nobody told; threads go where the system puts them; `/collective_rpc` answers.
@@ -115,7 +119,7 @@ class VLLMServer:
         command += ["--host", "127.0.0.1", "--port", str(port), *options]
         self._process = started(command, self.log, cwd=folder, env=surroundings(cpu=cpu), python=python)
         self._ends = weakref.finalize(self, end, self._process)
-        self._client = Client(f"http://127.0.0.1:{port}", timeout=_ANSWERS, patience=0, concurrency=requests)
+        self._client = Client(f"http://127.0.0.1:{port}", timeout=_ANSWERS, patience=_AGAIN, concurrency=requests)
         try:
             self._wait()
         except BaseException:
@@ -138,7 +142,7 @@ class VLLMServer:
         except (UserError, UnreachableError) as error:
             if "EngineCore" in str(error) or self._ended():  # its front may outlive what computes
                 raise UnreachableError(f"vLLM has ended{told(self.log)}; its log: {self.log}") from None
-            said = shortened(str(error).partition(" (at the first attempt)")[0], 300)
+            said = shortened(_TRIED.sub("", str(error)), 300)
             raise UnreachableError(f"vLLM at {said}; its log: {self.log}", "http") from None
 
     def each(self, work: Any, items: Sequence[Any]) -> list[Any]:

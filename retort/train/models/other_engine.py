@@ -11,7 +11,7 @@ from retort.core.rollouts import Prompt
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
-from retort.ranks import here
+from retort.ranks import here, local_size
 from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.engines.follower import PROBE_PROMPTS
 from retort.rollout.engines.pool import PoolSettings, WorkerPool
@@ -96,7 +96,7 @@ def other_engine(
 
 
 def _check_workers(count: int) -> None:
-    """Refuses workers where a package that they need is missing.
+    """Refuses workers where a package that they need is missing, or a rank cannot reach them.
 
     Raises:
         UserError: That.
@@ -106,6 +106,11 @@ def _check_workers(count: int) -> None:
     if lacking is not None:
         raise UserError(
             f"rollout.workers = {count} needs the package '{lacking}': pip install 'retort-distill[remote,serve]'"
+        )
+    if not placed() and here().size > local_size():
+        raise UserError(
+            f"rollout.workers = {count} would be on the loopback of rank 0's machine, and there are ranks on others; "
+            "start the run with `retort train --cluster` (docs/cluster.md), or leave the workers out"
         )
 
 
@@ -127,7 +132,6 @@ def _pool(
         bound=asked.noise_bound,
         hangs=asked.worker_timeout,
         threads=config.threads,
-        attention=config.attention,
         trust_remote_code=config.trust_remote_code,
     )
     return WorkerPool(lm, vocab, settings, newest, probe)
