@@ -127,6 +127,14 @@ class RolloutSection(Section):
         "min(p_trainer / p_engine, 2) (docs/engines.md); none: they are not",
     )
 
+    staleness: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="steps of the student between the weights that write a batch and those that learn from it, at "
+        "most: so many batches are written ahead (docs/overlap.md); 0: none, every batch is written when it is due",
+    )
+
     @field_validator("date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:
