@@ -8,7 +8,7 @@ from typing import Any
 
 import retort
 from retort.errors import UserError
-from retort.serve.http import Reading, Turns, Work, answered, as_safetensors, guarded, posted
+from retort.serve.http import Bodies, Turns, Work, answered, as_safetensors, guarded, posted
 from retort.serve.scorer import Scorer
 from retort.wire.media import MOST_SENT
 from retort.wire.protocol import ABOUT, FILES, GENERATE, HEAD, HEALTH, HIDDEN, IMAGES, SCORE, TENSORS
@@ -37,7 +37,7 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
 
     app = FastAPI(title="retort serve", version=retort.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     guarded(app, key)
-    compute, read = Turns(most_waiting), Reading()
+    compute, read = Turns(most_waiting), Bodies()
 
     def route(path: str, work: Work, most: int, told: str) -> None:
         async def answer(request: Request) -> Response:

@@ -58,13 +58,13 @@ def guarded(app: Any, key: str) -> None:
 
 
 @dataclass
-class Reading:
+class Bodies:
     """The bytes of all bodies in memory."""
 
     filled: int = 0
 
 
-async def posted(request: Any, answer: Callable[[bytes], Awaitable[Any]], read: Reading, most: int, told: str) -> Any:
+async def posted(request: Any, answer: Callable[[bytes], Awaitable[Any]], read: Bodies, most: int, told: str) -> Any:
     """The answer to a request with a body, or the refusal of one that is too long or of another type."""
     if request.headers.get("Content-Type") != TENSORS:  # no page of a browser can send that by itself
         return refusal(415, f"the body is {TENSORS}: a safetensors file")

@@ -21,9 +21,9 @@ from retort.models.load import load_model
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.serve.command import listen
-from retort.serve.http import OtherWeightsError, Reading, Turns, Work, answered, guarded, posted, validated
+from retort.serve.http import Bodies, OtherWeightsError, Turns, Work, answered, guarded, posted, validated
 from retort.wire.protocol import HEALTH, TENSORS, unpacked
-from retort.wire.workers import KEY, LOAD, WRITE
+from retort.wire.workers import GENERATE, KEY, LOAD
 
 #: Most bytes of a request, and requests that may wait: a rank has one under way for each of its workers.
 _MOST_BYTES, _MOST_WAITING = 2**29, 4096
@@ -43,7 +43,7 @@ class _Load(_Strict):
     parallel: int = Field(ge=1)
 
 
-class _Write(_Strict):
+class _Generate(_Strict):
     version: int
     max_new_tokens: int = Field(ge=1)
     temperature: float = Field(gt=0)
@@ -104,14 +104,14 @@ class Worker:
         self._has = now
         return {"fresh": torch.tensor([int(fresh)])}
 
-    def write(self, tensors: Mapping[str, Tensor], settings: Any) -> dict[str, Tensor]:
+    def generate(self, tensors: Mapping[str, Tensor], settings: Any) -> dict[str, Tensor]:
         """Completions of contexts, drawn with the random numbers that come along: `ids_T`, `logp_T`, `lengths_S`.
 
         Raises:
             UserError: The request is none.
             OtherWeightsError: It is about other weights than these.
         """
-        asked, engine = validated(_Write, settings), self._engine
+        asked, engine = validated(_Generate, settings), self._engine
         if engine is None or asked.version != self._has[1]:
             raise OtherWeightsError(f"weights of version {asked.version} are wanted, and there are {self._has[1]}")
         try:
@@ -153,7 +153,7 @@ def application(worker: Worker, *, key: str) -> Any:
         raise UserError(f"a worker needs the package '{error.name}': pip install 'retort-distill[serve]'") from None
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     guarded(app, key)
-    compute, read = Turns(_MOST_WAITING), Reading()
+    compute, read = Turns(_MOST_WAITING), Bodies()
 
     def route(path: str, work: Work) -> None:
         async def answer(request: Request) -> Response:
@@ -171,7 +171,7 @@ def application(worker: Worker, *, key: str) -> Any:
     health.__annotations__ = {}
     app.get(HEALTH)(health)
     route(LOAD, worker.load)
-    route(WRITE, worker.write)
+    route(GENERATE, worker.generate)
     return app
 
 

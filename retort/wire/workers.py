@@ -6,7 +6,7 @@ import json
 import os
 
 #: Paths: have a copy of the student read weights, and have it generate.
-LOAD, WRITE = "/v1/load", "/v1/write"
+LOAD, GENERATE = "/v1/load", "/v1/generate"
 #: Variable with the key that every request brings, and that with the addresses of workers which others placed (JSON).
 KEY, ADDRESSES = "RETORT_WORKER_KEY", "RETORT_WORKERS"
 

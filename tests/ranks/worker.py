@@ -160,7 +160,7 @@ CASES: dict[str, dict[str, Any]] = {
 CACHING = "caching"
 
 #: In fp32, where rounding stays far below the tolerance; the others in float64, where there is next to none.
-FP32 = ("opd", "gkd", "arkd", "sdpo", "served", "served_whole", "workers")
+FP32 = ("opd", "gkd", "arkd", "sdpo", "served", "served_whole")
 
 
 class Watching:

@@ -92,7 +92,7 @@ def test_weights_of_another_model_leave_the_old_ones_at_work(pool: WorkerPool) -
 def test_nobody_is_answered_without_the_key(pool: WorkerPool) -> None:
     url = pool._clients[0].url  # pyright: ignore[reportPrivateUsage]
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for path, body in (("/v1/write", b"{}"), ("/v1/load", b"{}")):
+    for path, body in (("/v1/generate", b"{}"), ("/v1/load", b"{}")):
         asked = urllib.request.Request(url + path, body, {"Content-Type": "application/octet-stream"})
         with pytest.raises(urllib.error.HTTPError, match="401"):
             direct.open(asked, timeout=60)

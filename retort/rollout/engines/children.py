@@ -14,9 +14,8 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-import retort
 from retort.errors import UserError
-from retort.rollout.engines.processes import end, free_ports, started, told
+from retort.rollout.engines.processes import end, free_ports, last_error, started
 from retort.wire.protocol import HEALTH
 from retort.wire.workers import KEY
 
@@ -70,7 +69,7 @@ class Children:
         Raises:
             UserError: One does not start; the line ends with the reason that its log gives.
         """
-        paths = os.pathsep.join([str(Path(retort.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        paths = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
         self._environment = {**os.environ, "PYTHONPATH": paths, KEY: key}
         self._hangs, self._ended = hangs, threading.Event()
         module = [sys.executable, "-P", "-m", MODULE]
@@ -119,7 +118,7 @@ class Children:
         while time.monotonic() < ends:
             assert own.process is not None
             if own.process.poll() is not None:
-                raise UserError(f"worker {number} does not start{told(own.log)}; its log: {own.log}")
+                raise UserError(f"worker {number} does not start{last_error(own.log)}; its log: {own.log}")
             own.ask()
             if own.answers:
                 return
@@ -151,7 +150,7 @@ def _watch(children: Sequence[_Child], environment: dict[str, str], ended: threa
                 end(own.process)
                 own.failed += 0 if own.answers else 1
                 if own.failed > _TRIES:
-                    own.problem = f"it ended {own.failed} times in a row before it answered{told(own.log)}"
+                    own.problem = f"it ended {own.failed} times in a row before it answered{last_error(own.log)}"
                 else:
                     own.start(environment)
                 if ended.is_set():  # meanwhile: whoever ended them did not see this one

@@ -31,7 +31,7 @@ from retort.rollout.engines.saved import save_weights, writing
 from retort.wire import Client
 from retort.wire.client import RefusedError
 from retort.wire.protocol import CONFLICT, HEALTH, packed
-from retort.wire.workers import KEY, LOAD, WRITE
+from retort.wire.workers import GENERATE, KEY, LOAD
 
 #: How often in a row a worker may end, or fail, before it has answered a request.
 TRIES = 3
@@ -65,6 +65,10 @@ class PoolSettings:
     trust_remote_code: bool = False
 
 
+class _EndedError(RuntimeError):
+    """The workers were ended by this process."""
+
+
 @dataclass(eq=False)
 class WorkerPool(Follower[PoolSettings]):
     """Has workers generate, each the loop of `HFEngine` over a copy of the model.
@@ -89,6 +93,7 @@ class WorkerPool(Follower[PoolSettings]):
     _restarts: int = field(default=0, init=False)
     _counting: threading.Lock = field(default_factory=threading.Lock, init=False)
     _given_up: threading.Event = field(default_factory=threading.Event, init=False)
+    _ended: threading.Event = field(default_factory=threading.Event, init=False)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine`.
@@ -134,9 +139,9 @@ class WorkerPool(Follower[PoolSettings]):
 
     def _together(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """The results of some work, each item in a thread of its own."""
+        self._given_up.clear()
         if len(items) < 2:
             return [work(item) for item in items]
-        self._given_up.clear()
         with ThreadPoolExecutor(len(items)) as threads:
             futures = [threads.submit(work, item) for item in items]
             try:
@@ -161,7 +166,7 @@ class WorkerPool(Follower[PoolSettings]):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        found = self._asked(worker, WRITE, tensors, settings)
+        found = self._asked(worker, GENERATE, tensors, settings)
         try:
             return completions(found, rooms, vocab=self.rows, stops=self.lm.stops, version=self.version)
         except ValueError:
@@ -171,12 +176,15 @@ class WorkerPool(Follower[PoolSettings]):
         self, worker: int, path: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """What a worker answers; one that ends is waited for, gets its weights again, and is asked again."""
-        lost = 0
+        lost = without = 0
         while True:
             try:
+                if self._ended.is_set():
+                    raise _EndedError
                 return self._clients[worker].post_tensors(path, tensors, settings)
             except RefusedError as error:
-                if error.status != CONFLICT or self._now is None:
+                without += 1
+                if error.status != CONFLICT or self._now is None or without > 2 * TRIES:
                     said = shortened(str(error), 300)
                     raise UserError(f"{self._named(worker)} refuses what it is asked: {said}") from None
                 self._read(worker, *self._now, again=True)
@@ -188,6 +196,10 @@ class WorkerPool(Follower[PoolSettings]):
                         f"{self._named(worker)} was asked {lost} times in a row without an answer: {said}"
                     ) from None
                 self._wait(worker)
+            except RuntimeError as error:  # of a client that was closed meanwhile
+                if not self._ended.is_set():
+                    raise
+                raise UnreachableError(f"{self.name} was ended while it was asked") from error
 
     def _read(self, worker: int, folder: Path, version: int, *, again: bool) -> None:
         """Has a worker read weights; `again`: one that had none has begun anew, which is counted."""
@@ -215,15 +227,16 @@ class WorkerPool(Follower[PoolSettings]):
             UnreachableError: It is not started any more, or not in time.
         """
         ends = time.monotonic() + STARTS
-        while time.monotonic() < ends and not self._given_up.is_set():
+        while time.monotonic() < ends and not self._given_up.is_set() and not self._ended.is_set():
             problem = None if self._children is None else self._children.problem(worker)
             if problem is not None:
                 raise UnreachableError(f"{self._named(worker)} is not started again: {problem}")
-            with contextlib.suppress(UnreachableError, UserError):
+            with contextlib.suppress(RuntimeError, UserError):  # also of a client that was closed meanwhile
                 self._signs[worker].get_json(HEALTH)
                 return
             self._given_up.wait(_EVERY)
-        raise UnreachableError(f"{self._named(worker)} did not come back within {STARTS:g} seconds")
+        waited = "did not come back before all were ended" if self._ended.is_set() else "did not come back in time"
+        raise UnreachableError(f"{self._named(worker)} {waited}")
 
     def _named(self, worker: int) -> str:
         where = self._clients[worker].url if self._children is None else f"its log: {self._children.logs[worker]}"
@@ -240,11 +253,11 @@ class WorkerPool(Follower[PoolSettings]):
             shutil.copytree(self._tokens, folder, dirs_exist_ok=True)
 
     def _meet(self) -> None:
-        if self._clients:
+        if self._clients and not self._ended.is_set():
             return
         urls, key = self.world.first(self._start)
         os.environ[KEY] = key
-        self._given_up.clear()
+        self._ended.clear()
         self._clients = [Client(url, key_variable=KEY, timeout=_ANSWERS, patience=0, concurrency=1) for url in urls]
         self._signs = [Client(url, key_variable=KEY, timeout=_LIVES, patience=0, concurrency=1) for url in urls]
 
@@ -278,11 +291,11 @@ class WorkerPool(Follower[PoolSettings]):
         self._together(lambda worker: self._read(worker, folder, version, again=again), workers)
 
     def _end(self) -> None:
-        self._given_up.set()
+        self._ended.set()
         if self._children is not None:
             self._children.close()
         for own in [*self._clients, *self._signs]:
             own.close()
         if self._tokens is not None:
             remove(self._tokens)
-        self._children, self._clients, self._signs, self._tokens = None, [], [], None
+        self._children, self._tokens = None, None

@@ -57,7 +57,7 @@ def free_ports(count: int) -> list[int]:
         return [int(own.getsockname()[1]) for own in found]
 
 
-def told(log: Path) -> str:
+def last_error(log: Path) -> str:
     """The last error in a log, as the end of a sentence."""
     with contextlib.suppress(OSError):
         found = reason(log.read_bytes()[-_TAIL:].decode("utf-8", "replace"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.errors import UnreachableError, UserError, shortened, visible
-from retort.rollout.engines.processes import end, free_ports, started, told
+from retort.rollout.engines.processes import end, free_ports, last_error, started
 from retort.wire import Client
 
 #: The oldest release that was tried.
@@ -141,7 +141,7 @@ class VLLMServer:
             return self._client.post_json(path, body)
         except (UserError, UnreachableError) as error:
             if "EngineCore" in str(error) or self._ended():  # its front may outlive what computes
-                raise UnreachableError(f"vLLM has ended{told(self.log)}; its log: {self.log}") from None
+                raise UnreachableError(f"vLLM has ended{last_error(self.log)}; its log: {self.log}") from None
             said = shortened(_TRIED.sub("", str(error)), 300)
             raise UnreachableError(f"vLLM at {said}; its log: {self.log}", "http") from None
 
@@ -158,7 +158,9 @@ class VLLMServer:
         ends = time.monotonic() + _STARTS
         while time.monotonic() < ends:
             if self._process.poll() is not None:
-                raise UserError(f"vLLM does not start with this student{told(self.log)}; its whole log: {self.log}")
+                raise UserError(
+                    f"vLLM does not start with this student{last_error(self.log)}; its whole log: {self.log}"
+                )
             with contextlib.suppress(UnreachableError):
                 self._client.get_json("/version")
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch
 from retort import registry
 from retort.chat.asking import Asking
 from retort.config import Config
+from retort.config.clients import environment_client
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.method import Method
@@ -46,12 +48,15 @@ from retort.train.setup.grading import rubric_grader
 from retort.train.setup.images import check_images
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.phases import Phased
+from retort.train.setup.staleness import check_staleness
 from retort.train.setup.texts import check_texts
 from retort.train.source import difficulty
+from retort.train.source.ahead import Ahead
 from retort.train.source.source import Source
 from retort.train.storage.folder import ENGINE, refuse_unshared
 from retort.train.teaching.authors import drafting
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
+from retort.train.teaching.early import EarlyTeachers
 from retort.train.teaching.teachers import Teachers
 
 
@@ -110,6 +115,7 @@ class Prepared(Phased):
             UserError: A family that cannot be spread.
         """
         self.teachers.listen(say)
+        self.source.episodes.listen(say)
         if self.asker is not None:
             self.asker.listen(say)
         self.learner.spread(say)
@@ -144,8 +150,17 @@ class Prepared(Phased):
                 noise = f"{other.noise_floor:.1e} nats"
             say(f"{other.name} generates: its log-probs are {noise} a token from the student's here")
 
+    @cached_property
+    def batches(self) -> Source | Ahead:
+        """What the loop asks for a batch: the source, or who has it write ahead in another thread."""
+        staleness, engine = self.config.rollout.staleness, self.other_engine
+        if not staleness or engine is None:
+            return self.source
+        return Ahead(self.source, engine, staleness, self.at, lambda: self.steps, EarlyTeachers(self.teachers))
+
     def close(self) -> None:
         """Ends what the run started beside itself."""
+        self.batches.close()
         if self.other_engine is not None:
             self.other_engine.close()
 
@@ -153,6 +168,7 @@ class Prepared(Phased):
         """Of a step: what teachers, an engine and a model that is asked have to say; all ranks call it."""
         asked, other = self.asker, self.other_engine
         found = {} if asked is None else step_metrics(asked)
+        found |= self.source.episodes.metrics()
         return self.teachers.metrics() | found | ({} if other is None else other.metrics())
 
     def difficulties(
@@ -185,6 +201,7 @@ def prepare(
     config = pair.without_idle_teacher(config, method)
     check_settings(config)
     check_other_engine(config)
+    check_staleness(config, method)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -227,7 +244,7 @@ def run_method(config: Config, method: Method | None) -> Method:
     record, several_teach = config.record, bool(config.teachers.models)
     method = method or registry.load(**config.method)
     method = watching(method, record.overlap, record.overlap_every, several=several_teach)
-    if config.rollout.engine != "own" and config.rollout.correction == "truncated":
+    if (config.rollout.engine != "own" or config.rollout.staleness) and config.rollout.correction == "truncated":
         method = corrected_for_engine(method)
     cold = config.cold_start
     if not cold.steps:
@@ -295,6 +312,7 @@ def _parties(
             tools=config.rollout.tools,
             history=config.rollout.history,
             waiting=config.rollout.waiting,
+            client=environment_client(config.server),
         ),
         whole=student.whole if other is None else other.ready,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
