@@ -1,0 +1,177 @@
+"""Stage times of GPUs that nobody here has: from sizes of models, published rates, and assumptions that say so.
+
+A decode step reads all weights once, and the keys and values of every sequence. Reading a prompt, scoring and learning
+are products: 2 operations a weight and token, 6 where gradients are formed. Shares of the rates on paper that are
+reached, and everything else marked so in `ASSUMED`, are assumptions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster_model import Affine, Decode, Layout, Load, Outcome, Stages, lognormal
+from cluster_sim import simulate
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates on paper: bytes a second from memory, operations a second in bf16, bytes of memory."""
+
+    name: str
+    bandwidth: float
+    operations: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder: its weights, those that a token uses, and bytes of keys and values of a token, in bf16."""
+
+    name: str
+    weights: float
+    used: float
+    cache: float
+
+
+H100 = Gpu("H100", 3.35e12, 989e12, 80e9)
+B200 = Gpu("B200", 8.0e12, 2250e12, 180e9)
+
+
+def _cache(layers: int, groups: int, each: int) -> float:
+    return 2.0 * 2 * layers * groups * each
+
+
+STUDENT = Model("Qwen3-8B", 8.2e9, 8.2e9, _cache(36, 8, 128))
+TEACHER = Model("Qwen3-32B", 32.8e9, 32.8e9, _cache(64, 8, 128))
+SPARSE = Model("Qwen3-Coder-30B-A3B", 30.5e9, 3.3e9, _cache(48, 4, 128))
+
+#: What is assumed, by name, with the words of the page.
+ASSUMED = {
+    "memory": (0.7, "share of the memory's rate that decoding reaches"),
+    "products": (0.4, "share of the operations' rate that scoring and reading prompts reach"),
+    "learning": (0.35, "share of it that learning reaches"),
+    "overhead": (0.002, "seconds of a decode step besides reading"),
+    "link": (25e9, "bytes a second between machines, for each that generates"),
+    "handing": (1.0, "seconds to hand out weights, and again to take them, besides the bytes"),
+    "request": (0.1, "seconds of a request to a teacher besides its products"),
+    "step": (1.0, "seconds of a step besides its stages"),
+}
+
+
+def assumed(name: str) -> float:
+    """A number of `ASSUMED`."""
+    return ASSUMED[name][0]
+
+
+def decode(gpu: Gpu, model: Model, weight_bytes: float = 2.0) -> Decode:
+    """Of one GPU that generates; weights in fewer bits are read faster."""
+    read = gpu.bandwidth * assumed("memory")
+    product = 2 * model.used / (gpu.operations * assumed("products") * 2 / weight_bytes)
+    return Decode(
+        prompt=product,
+        step=assumed("overhead") + model.weights * weight_bytes / read,
+        row=product,
+        context=model.cache / read,
+    )
+
+
+def stages(gpu: Gpu, student: Model, teacher: Model) -> Stages:
+    """Of a layout of such GPUs, one for each process."""
+    scores = 2 * teacher.used / (gpu.operations * assumed("products"))
+    # A pass without gradient for the statistics of the batch, and one with.
+    learns = 8 * student.used / (gpu.operations * assumed("learning"))
+    moved = assumed("handing") + 2 * student.weights / assumed("link")
+    return Stages(
+        decode=decode(gpu, student),
+        teacher=Affine(assumed("request"), scores),
+        learn=Affine(0.0, learns),
+        besides=Affine(assumed("step")),
+        keep=assumed("handing"),
+        update=moved,
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What eight GPUs do in a step: trajectories, tokens of a prompt, mean and longest completion, spread of lengths."""
+
+    rollouts: int = 128
+    samples: int = 4
+    prompt: int = 300
+    mean: float = 2200.0
+    longest: int = 16_384
+    sigma: float = 0.9
+
+    def load(self, times: int = 1) -> Load:
+        """A batch so many times as large."""
+        lengths = lognormal(self.mean, self.sigma, self.longest)
+        return Load(times * self.rollouts // self.samples, self.samples, self.prompt, lengths)
+
+
+#: Of eight GPUs: those that learn, that generate, and that hold the teacher.
+EIGHT = (3, 4, 1)
+SIZES = (8, 64, 512)
+STALENESS = range(5)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A prediction: GPUs, runs at once, teachers in all, staleness, whether weights are taken together, the outcome."""
+
+    gpus: int
+    runs: int
+    teachers: int
+    staleness: int
+    together: bool
+    outcome: Outcome
+
+    @property
+    def rollouts_per_gpu(self) -> float:
+        """Trajectories that one GPU of all takes part in, in an hour."""
+        return self.runs * self.outcome.steps_per_hour / self.gpus
+
+
+def one_run(gpus: int, staleness: int, *, together: bool = True, ask: Literal["group", "batch"] = "group") -> Predicted:
+    """One run on so many GPUs, with a batch that grows as they do."""
+    times, (ranks, generators, teachers) = gpus // 8, EIGHT
+    layout = Layout(
+        ranks * times, generators * times, 64, teachers * times, staleness=staleness, ask=ask, together=together
+    )
+    found = simulate(layout, stages(H100, STUDENT, TEACHER), Work().load(times), steps=_steps(gpus), seed=1)
+    return Predicted(gpus, 1, teachers * times, staleness, together, found)
+
+
+def several_runs(runs: int, teachers: int, staleness: int) -> Predicted:
+    """Runs of three GPUs that learn and four that generate each, which share so many teachers."""
+    ranks, generators, _ = EIGHT
+    layout = Layout(ranks, generators, 64, teachers, runs=runs, staleness=staleness, ask="group")
+    found = simulate(layout, stages(H100, STUDENT, TEACHER), Work().load(), steps=_steps(8 * runs), seed=1)
+    return Predicted(runs * (ranks + generators) + teachers, runs, teachers, staleness, True, found)
+
+
+def _steps(gpus: int) -> int:
+    """Steps that are simulated: fewer of large batches, whose lengths vary less from step to step."""
+    return max(12, 60 // math.isqrt(max(1, gpus // 8)))
+
+
+def published() -> dict[str, Outcome]:
+    """Eight B200 with two of them for teachers, as published; four generate and two learn is assumed.
+
+    By teacher, as if it scored everything.
+    """
+    layout = Layout(ranks=2, generators=4, teachers=2, parallel=64, ask="group")
+    return {
+        teacher.name: simulate(layout, stages(B200, STUDENT, teacher), Work(samples=1).load(), steps=60, seed=1)
+        for teacher in (TEACHER, SPARSE)
+    }
+
+
+def decode_rate(users: int, prompt: int, completion: int) -> float:
+    """Tokens a second of Qwen3-8B in 8 bits on an H100, so many sequences at once, half of each written."""
+    own = decode(H100, STUDENT, weight_bytes=1.0)
+    context = prompt + completion / 2
+    # A new prompt is read for every completion that ends.
+    prompts = own.prompt * users * prompt / completion
+    return users / (own.step + own.row * users + own.context * users * context + prompts)
