@@ -8,8 +8,8 @@ reached, and everything else marked so in `ASSUMED`, are assumptions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from cluster_model import Affine, Decode, Layout, Load, Outcome, Stages, lognormal
 from cluster_sim import simulate
@@ -49,13 +49,13 @@ SPARSE = Model("Qwen3-Coder-30B-A3B", 30.5e9, 3.3e9, _cache(48, 4, 128))
 
 #: What is assumed, by name, with the words of the page.
 ASSUMED = {
-    "memory": (0.7, "share of the memory's rate that decoding reaches"),
+    "memory": (0.8, "share of the memory's rate that decoding reaches"),
     "products": (0.4, "share of the operations' rate that scoring and reading prompts reach"),
     "learning": (0.35, "share of it that learning reaches"),
-    "overhead": (0.002, "seconds of a decode step besides reading"),
+    "overhead": (0.001, "seconds of a decode step besides reading"),
     "link": (25e9, "bytes a second between machines, for each that generates"),
     "handing": (1.0, "seconds to hand out weights, and again to take them, besides the bytes"),
-    "request": (0.1, "seconds of a request to a teacher besides its products"),
+    "request": (0.01, "seconds of a request to a teacher besides its products"),
     "step": (1.0, "seconds of a step besides its stages"),
 }
 
@@ -95,7 +95,7 @@ def stages(gpu: Gpu, student: Model, teacher: Model) -> Stages:
 
 @dataclass(frozen=True)
 class Work:
-    """What eight GPUs do in a step: trajectories, tokens of a prompt, mean and longest completion, spread of lengths."""
+    """What eight GPUs do in a step: trajectories, completions of a prompt, its tokens, and lengths in tokens."""
 
     rollouts: int = 128
     samples: int = 4
@@ -116,39 +116,22 @@ SIZES = (8, 64, 512)
 STALENESS = range(5)
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """A prediction: GPUs, runs at once, teachers in all, staleness, whether weights are taken together, the outcome."""
-
-    gpus: int
-    runs: int
-    teachers: int
-    staleness: int
-    together: bool
-    outcome: Outcome
-
-    @property
-    def rollouts_per_gpu(self) -> float:
-        """Trajectories that one GPU of all takes part in, in an hour."""
-        return self.runs * self.outcome.steps_per_hour / self.gpus
+#: Spreads of lengths (standard deviation of their logarithm) between which the published run is predicted.
+SPREADS = (0.6, 0.9)
 
 
-def one_run(gpus: int, staleness: int, *, together: bool = True, ask: Literal["group", "batch"] = "group") -> Predicted:
-    """One run on so many GPUs, with a batch that grows as they do."""
+def one_run(gpus: int, staleness: int, *, together: bool = True) -> Outcome:
+    """One run on so many H100, with a batch that grows as they do."""
     times, (ranks, generators, teachers) = gpus // 8, EIGHT
-    layout = Layout(
-        ranks * times, generators * times, 64, teachers * times, staleness=staleness, ask=ask, together=together
-    )
-    found = simulate(layout, stages(H100, STUDENT, TEACHER), Work().load(times), steps=_steps(gpus), seed=1)
-    return Predicted(gpus, 1, teachers * times, staleness, together, found)
+    own = Layout(ranks * times, generators * times, 64, teachers * times, 1, staleness, "group", together=together)
+    return simulate(own, stages(H100, STUDENT, TEACHER), Work().load(times), steps=_steps(gpus), seed=1)
 
 
-def several_runs(runs: int, teachers: int, staleness: int) -> Predicted:
-    """Runs of three GPUs that learn and four that generate each, which share so many teachers."""
+def several_runs(runs: int, teachers: int, teacher: Model) -> Outcome:
+    """Runs of three H100 that learn and four that generate each, one step ahead, which share so many teachers."""
     ranks, generators, _ = EIGHT
-    layout = Layout(ranks, generators, 64, teachers, runs=runs, staleness=staleness, ask="group")
-    found = simulate(layout, stages(H100, STUDENT, TEACHER), Work().load(), steps=_steps(8 * runs), seed=1)
-    return Predicted(runs * (ranks + generators) + teachers, runs, teachers, staleness, True, found)
+    layout = Layout(ranks, generators, 64, teachers, runs, 1, "group")
+    return simulate(layout, stages(H100, STUDENT, teacher), Work().load(), steps=30, seed=1)
 
 
 def _steps(gpus: int) -> int:
@@ -156,22 +139,46 @@ def _steps(gpus: int) -> int:
     return max(12, 60 // math.isqrt(max(1, gpus // 8)))
 
 
-def published() -> dict[str, Outcome]:
-    """Eight B200 with two of them for teachers, as published; four generate and two learn is assumed.
-
-    By teacher, as if it scored everything.
-    """
+def published(teacher: Model, sigma: float) -> Outcome:
+    """Eight B200 with two of them for teachers, as published; that four generate and two learn is assumed."""
     layout = Layout(ranks=2, generators=4, teachers=2, parallel=64, ask="group")
-    return {
-        teacher.name: simulate(layout, stages(B200, STUDENT, teacher), Work(samples=1).load(), steps=60, seed=1)
-        for teacher in (TEACHER, SPARSE)
-    }
+    return simulate(layout, stages(B200, STUDENT, teacher), Work(samples=1, sigma=sigma).load(), steps=60, seed=1)
 
 
 def decode_rate(users: int, prompt: int, completion: int) -> float:
     """Tokens a second of Qwen3-8B in 8 bits on an H100, so many sequences at once, half of each written."""
     own = decode(H100, STUDENT, weight_bytes=1.0)
-    context = prompt + completion / 2
     # A new prompt is read for every completion that ends.
     prompts = own.prompt * users * prompt / completion
-    return users / (own.step + own.row * users + own.context * users * context + prompts)
+    return users / (own.step + own.row * users + own.context * users * (prompt + completion / 2) + prompts)
+
+
+#: Sequences at once, tokens of a prompt and of a completion, and the tokens a second that were published.
+RATES = ((472, 128, 1024, 15_103), (52, 2048, 2048, 3_653), (108, 1024, 128, 4_129))
+
+
+def predictions() -> dict[str, Any]:
+    """All that the page shows of GPUs; some minutes, most of them for 512."""
+    runs = [
+        {
+            "gpus": gpus,
+            "staleness": staleness,
+            "together": together,
+            **asdict(one_run(gpus, staleness, together=together)),
+        }
+        for gpus in SIZES
+        for together in (True, False)
+        for staleness in STALENESS
+        if together or staleness
+    ]
+    shared = [
+        {"runs": runs, "teachers": teachers, "teacher": teacher.name, **asdict(several_runs(runs, teachers, teacher))}
+        for teacher in (TEACHER, SPARSE)
+        for runs, teachers in ((1, 1), (2, 1), (4, 1), (8, 1), (64, 64), (64, 32), (64, 16), (64, 8))
+    ]
+    found = [
+        {"teacher": teacher.name, "sigma": sigma, **asdict(published(teacher, sigma))}
+        for teacher in (TEACHER, SPARSE)
+        for sigma in SPREADS
+    ]
+    return {"runs": runs, "shared": shared, "published": found}
