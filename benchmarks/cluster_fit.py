@@ -63,7 +63,9 @@ def fitted(rows: Rows, name: str) -> Stages:
 def seconds(setting: Setting, stages: Stages, row: Mapping[str, float]) -> float:
     """What the simulator says of a step of a run; of its row only the length of completions is used."""
     length = max(1, round(row["tokens"] / setting.prompts))
-    layout = Layout(ranks=setting.ranks, teachers=int(setting.served), parallel=setting.prompts)
+    layout = Layout(
+        setting.ranks, setting.workers, setting.prompts, int(setting.served), staleness=setting.staleness, ask="step"
+    )
     return simulate(layout, stages, Load(setting.prompts, 1, 0, always(length)), steps=8).seconds
 
 
@@ -78,7 +80,7 @@ def for_ranks(rows: Rows) -> Stages:
 def compared(rounds: Sequence[Mapping[str, Any]], plan: Sequence[Setting] = PLAN) -> list[Compared]:
     """Every run that was left out of the fit: predicted from the other rows of the same round."""
     found = []
-    for setting in (one for one in plan if one.predicted):
+    for setting in (one for one in plan if one.predicted and all(one.key in own["runs"] for own in rounds)):
         ours, true = [], []
         for rows in (own["runs"] for own in rounds):
             stages = for_ranks(rows) if setting.ranks > 1 else fitted(rows, setting.name)

@@ -7,8 +7,11 @@ reached, and everything else marked so in `ASSUMED`, are assumptions.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster_model import Affine, Decode, Layout, Load, Outcome, Stages, lognormal
@@ -36,6 +39,7 @@ class Model:
 
 
 H100 = Gpu("H100", 3.35e12, 989e12, 80e9)
+H200 = Gpu("H200", 4.8e12, 989e12, 141e9)
 B200 = Gpu("B200", 8.0e12, 2250e12, 180e9)
 
 
@@ -121,22 +125,22 @@ SPREADS = (0.6, 0.9)
 
 
 def one_run(gpus: int, staleness: int, *, together: bool = True) -> Outcome:
-    """One run on so many H100, with a batch that grows as they do."""
+    """One run on so many H200, with a batch that grows as they do."""
     times, (ranks, generators, teachers) = gpus // 8, EIGHT
     own = Layout(ranks * times, generators * times, 64, teachers * times, 1, staleness, "group", together=together)
-    return simulate(own, stages(H100, STUDENT, TEACHER), Work().load(times), steps=_steps(gpus), seed=1)
+    return simulate(own, stages(H200, STUDENT, TEACHER), Work().load(times), steps=_steps(gpus), seed=1)
 
 
 def several_runs(runs: int, teachers: int, teacher: Model) -> Outcome:
-    """Runs of three H100 that learn and four that generate each, one step ahead, which share so many teachers."""
+    """Runs of three H200 that learn and four that generate each, one step ahead, which share so many teachers."""
     ranks, generators, _ = EIGHT
     layout = Layout(ranks, generators, 64, teachers, runs, 1, "group")
-    return simulate(layout, stages(H100, STUDENT, teacher), Work().load(), steps=30, seed=1)
+    return simulate(layout, stages(H200, STUDENT, teacher), Work().load(), steps=30 if runs <= 8 else 8, seed=1)
 
 
 def _steps(gpus: int) -> int:
     """Steps that are simulated: fewer of large batches, whose lengths vary less from step to step."""
-    return max(12, 60 // math.isqrt(max(1, gpus // 8)))
+    return max(8, 48 // math.isqrt(max(1, gpus // 8)))
 
 
 def published(teacher: Model, sigma: float) -> Outcome:
@@ -174,7 +178,7 @@ def predictions() -> dict[str, Any]:
     shared = [
         {"runs": runs, "teachers": teachers, "teacher": teacher.name, **asdict(several_runs(runs, teachers, teacher))}
         for teacher in (TEACHER, SPARSE)
-        for runs, teachers in ((1, 1), (2, 1), (4, 1), (8, 1), (64, 64), (64, 32), (64, 16), (64, 8))
+        for runs, teachers in ((8, 8), (8, 4), (8, 2), (8, 1), (64, 64), (64, 16), (64, 8))
     ]
     found = [
         {"teacher": teacher.name, "sigma": sigma, **asdict(published(teacher, sigma))}
@@ -182,3 +186,9 @@ def predictions() -> dict[str, Any]:
         for sigma in SPREADS
     ]
     return {"runs": runs, "shared": shared, "published": found}
+
+
+def keep(found: Mapping[str, Any], path: Path) -> None:
+    """Writes predictions into the file of results; what else is there stays."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**known, "gpus": found}, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """A cluster that learns, simulated: who works, who waits, and how many steps an hour, for a layout and stage times.
 
-    python benchmarks/cluster_sim.py measure --rounds 5    # runs on this machine: benchmarks/results/cluster_sim.json
-    python benchmarks/cluster_sim.py page                  # what it predicts of them and of GPUs: docs/cluster-sim.md
+    python benchmarks/cluster_sim.py measure --rounds 3    # runs on this machine: benchmarks/results/cluster_sim.json
+    python benchmarks/cluster_sim.py predict               # GPUs, some minutes: the same file
+    python benchmarks/cluster_sim.py page                  # docs/cluster-sim.md
 
 The parts of a run are processes of a discrete-event simulation (simpy): ranks that learn, processes that generate,
 servers of the teacher, environments. What each of them takes comes from outside (`Stages`): measured by
@@ -203,12 +204,13 @@ class Run:
             count, ahead = len(active), active[0][0] - done
             each = own.step + own.row * count + own.context * (contexts + count * ahead / 2)
             began, returned = self.clock.now, back
-            # Who returns from an environment is taken in at once, if there is room.
-            events = [self.clock.timeout(ahead * each), *([returned] if away and count < self.layout.parallel else [])]
-            yield simpy.AnyOf(self.clock, events)
-            passed = (
-                ahead if not returned.triggered or each == 0 else min(ahead, round((self.clock.now - began) / each))
-            )
+            passed = ahead
+            if away and count < self.layout.parallel:  # who returns from an environment is taken in at once
+                yield simpy.AnyOf(self.clock, [self.clock.timeout(ahead * each), returned])
+                if returned.triggered and each:
+                    passed = min(ahead, round((self.clock.now - began) / each))
+            else:
+                yield self.clock.timeout(ahead * each)
             self.cluster.worked.append((role, began, self.clock.now - began))
             done, contexts = done + passed, contexts + passed * count
             while active and active[0][0] <= done:
@@ -250,19 +252,23 @@ def simulate(layout: Layout, stages: Stages, load: Load, *, steps: int = 40, see
 
 def main() -> None:
     """The command."""
+    import cluster_gpus as gpus
     import cluster_sim_page as pages
     import cluster_stages as stages
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["measure", "page"])
+    parser.add_argument("command", choices=["measure", "predict", "page"])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of measured runs")
     parser.add_argument("--repeats", type=int, default=2, help="how often each run is made in a round")
-    parser.add_argument("--results", type=Path, default=stages.RESULTS, help="file of what was measured")
-    parser.add_argument("--docs", type=Path, default=pages.DOCS, help="folder of the page")
+    parser.add_argument("--results", type=Path, default=stages.RESULTS, help="file of what was measured and predicted")
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs", help="folder of the page")
     arguments = parser.parse_args()
     if arguments.command == "measure":
         stages.keep(stages.measured(arguments.rounds, arguments.repeats), arguments.results)
-    pages.write(arguments.results, arguments.docs)
+    elif arguments.command == "predict":
+        gpus.keep(gpus.predictions(), arguments.results)
+    else:
+        pages.write(arguments.results, arguments.docs)
 
 
 if __name__ == "__main__":

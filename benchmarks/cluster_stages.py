@@ -3,8 +3,8 @@
     python benchmarks/cluster_sim.py measure --rounds 5
 
 Every round makes the same runs one after another: one process with the teacher beside the student, one whose teacher is
-in a process of its own (`retort serve`), and two ranks under torchrun, each with small batches and with a large one. So
-whatever else the machine does, it does to all of them.
+in a process of its own (`retort serve`), two ranks under torchrun, and one with a process that generates besides; each
+with small batches and with a large one. So whatever else the machine does, it does to all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+#: What was measured and predicted.
+RESULTS = Path(__file__).parent / "results" / "cluster_sim.json"
 SETTINGS: dict[str, Any] = {
     "student": "countdown:student",
     "teacher": "countdown:teacher",
@@ -55,6 +57,8 @@ class Setting:
         steps: Steps of the run, without the first ones.
         ranks: Processes of the trainer.
         served: The teacher is in a process of its own.
+        workers: Processes that generate besides.
+        staleness: Steps by which they may be ahead.
         predicted: It is not fed to the simulator, which has to predict it.
     """
 
@@ -63,21 +67,26 @@ class Setting:
     steps: int
     ranks: int = 1
     served: bool = False
+    workers: int = 0
+    staleness: int = 0
     predicted: bool = False
 
     @property
     def key(self) -> str:
         """The name of its rows."""
-        return f"{self.name}, {self.prompts} prompts"
+        ahead = f", staleness {self.staleness}" if self.staleness else ""
+        return f"{self.name}, {self.prompts} prompts{ahead}"
 
     def settings(self, teacher: str | None) -> dict[str, Any]:
         """Those of its run; `teacher` is the server's address."""
         more = {"teacher": teacher} if self.served else {}
         own = {"steps": FIRST + self.steps, "rollout": {"prompts": self.prompts, "max_new_tokens": 48}}
+        if self.workers:
+            own["rollout"] |= {"workers": self.workers, "staleness": self.staleness}
         return {**SETTINGS, **more, **own}
 
 
-ONE, SERVED, TWO = "one process", "teacher in `retort serve`", "two ranks"
+ONE, SERVED, TWO, WORKER = "one process", "teacher in `retort serve`", "two ranks", "one process that generates besides"
 PLAN = (
     Setting(ONE, 8, 12),
     Setting(ONE, 32, 10),
@@ -87,6 +96,9 @@ PLAN = (
     Setting(SERVED, 64, 8, served=True, predicted=True),
     Setting(TWO, 16, 12, ranks=2),
     Setting(TWO, 96, 8, ranks=2, predicted=True),
+    Setting(WORKER, 8, 12, workers=1),
+    Setting(WORKER, 32, 10, workers=1),
+    Setting(WORKER, 64, 8, workers=1, staleness=1, predicted=True),
 )
 
 
@@ -124,6 +136,15 @@ def worker(out: Path, tasks: Sequence[Mapping[str, Any]], repeats: int) -> None:
             found.setdefault(task["key"], []).extend(watching.rows[FIRST:])
     if world.leads:
         (out / "rows.json").write_text(json.dumps(found))
+
+
+def keep(rounds: Sequence[Mapping[str, Any]], path: Path = RESULTS) -> None:
+    """Writes what was measured into the file of results; what else is there stays."""
+    import measure
+
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found |= {"machine": measure.machine("cpu", 1), "rounds": list(rounds)}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def made(plan: Sequence[Setting], teacher: str | None, repeats: int) -> dict[str, list[dict[str, float]]]:
