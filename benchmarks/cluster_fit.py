@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster_model import Affine, Decode, Layout, Load, Stages, always
 from cluster_sim import simulate
-from cluster_stages import ONE, PLAN, TWO, Setting
+from cluster_stages import AHEAD, ONE, PLAN, TWO, Setting
 
 #: The rows of one round, by the key of their setting.
 Rows = Mapping[str, Mapping[str, float]]
@@ -40,7 +40,7 @@ def line(stage: str, one: Mapping[str, float], other: Mapping[str, float]) -> Af
     return Affine(max(0.0, one[stage] - each * one["tokens"]), each)
 
 
-def given(name: str, plan: Sequence[Setting] = PLAN) -> list[Setting]:
+def given(name: str, plan: Sequence[Setting] = (*PLAN, *AHEAD)) -> list[Setting]:
     """The runs of a deployment that the simulator is fed with, the smaller batch first."""
     return sorted((one for one in plan if one.name == name and not one.predicted), key=lambda one: one.prompts)
 
@@ -77,7 +77,7 @@ def for_ranks(rows: Rows) -> Stages:
     return replace(stages, exchange=max(0.0, row["whole"] - seconds(small, stages, row)))
 
 
-def compared(rounds: Sequence[Mapping[str, Any]], plan: Sequence[Setting] = PLAN) -> list[Compared]:
+def compared(rounds: Sequence[Mapping[str, Any]], plan: Sequence[Setting] = (*PLAN, *AHEAD)) -> list[Compared]:
     """Every run that was left out of the fit: predicted from the other rows of the same round."""
     found = []
     for setting in (one for one in plan if one.predicted and all(one.key in own["runs"] for own in rounds)):

@@ -128,7 +128,7 @@ def one_run(gpus: int, staleness: int, *, together: bool = True) -> Outcome:
     """One run on so many H200, with a batch that grows as they do."""
     times, (ranks, generators, teachers) = gpus // 8, EIGHT
     own = Layout(ranks * times, generators * times, 64, teachers * times, 1, staleness, "group", together=together)
-    return simulate(own, stages(H200, STUDENT, TEACHER), Work().load(times), steps=_steps(gpus), seed=1)
+    return simulate(own, stages(H200, STUDENT, TEACHER), Work().load(times), steps=_steps(gpus) + 2 * staleness, seed=1)
 
 
 def several_runs(runs: int, teachers: int, teacher: Model) -> Outcome:
@@ -140,7 +140,7 @@ def several_runs(runs: int, teachers: int, teacher: Model) -> Outcome:
 
 def _steps(gpus: int) -> int:
     """Steps that are simulated: fewer of large batches, whose lengths vary less from step to step."""
-    return max(8, 48 // math.isqrt(max(1, gpus // 8)))
+    return max(6, 48 // math.isqrt(max(1, gpus // 8)))
 
 
 def published(teacher: Model, sigma: float) -> Outcome:
@@ -161,6 +161,11 @@ def decode_rate(users: int, prompt: int, completion: int) -> float:
 RATES = ((472, 128, 1024, 15_103), (52, 2048, 2048, 3_653), (108, 1024, 128, 4_129))
 
 
+def row(found: Outcome) -> dict[str, Any]:
+    """An outcome as it is written down; its staleness is a histogram."""
+    return {("histogram" if name == "staleness" else name): value for name, value in asdict(found).items()}
+
+
 def predictions() -> dict[str, Any]:
     """All that the page shows of GPUs; some minutes, most of them for 512."""
     runs = [
@@ -168,7 +173,7 @@ def predictions() -> dict[str, Any]:
             "gpus": gpus,
             "staleness": staleness,
             "together": together,
-            **asdict(one_run(gpus, staleness, together=together)),
+            **row(one_run(gpus, staleness, together=together)),
         }
         for gpus in SIZES
         for together in (True, False)
@@ -176,12 +181,12 @@ def predictions() -> dict[str, Any]:
         if together or staleness
     ]
     shared = [
-        {"runs": runs, "teachers": teachers, "teacher": teacher.name, **asdict(several_runs(runs, teachers, teacher))}
+        {"runs": runs, "teachers": teachers, "teacher": teacher.name, **row(several_runs(runs, teachers, teacher))}
         for teacher in (TEACHER, SPARSE)
         for runs, teachers in ((8, 8), (8, 4), (8, 2), (8, 1), (64, 64), (64, 16), (64, 8))
     ]
     found = [
-        {"teacher": teacher.name, "sigma": sigma, **asdict(published(teacher, sigma))}
+        {"teacher": teacher.name, "sigma": sigma, **row(published(teacher, sigma))}
         for teacher in (TEACHER, SPARSE)
         for sigma in SPREADS
     ]

@@ -224,22 +224,25 @@ class Run:
 
 
 def simulate(layout: Layout, stages: Stages, load: Load, *, steps: int = 40, seed: int = 0) -> Outcome:
-    """Simulates so many steps of each run; the first ones, in which nothing is ahead yet, are left out."""
+    """Simulates so many steps of each run.
+
+    The first ones are left out, in which nothing is ahead yet, and the last ones, in which nothing is left to write.
+    """
     cluster = Cluster(layout, stages)
     runs = [Run(cluster, load, steps, seed + number) for number in range(layout.runs)]
     cluster.clock.run()
-    first = layout.staleness + 1
-    if steps <= first + 1:
+    first, last = layout.staleness + 1, steps - 1 - layout.staleness
+    if last <= first:
         raise ValueError(f"{steps} steps are too few for a staleness of {layout.staleness}")
     begin = max(run.ends[first - 1] for run in runs)
-    end = min(run.ends[-1] for run in runs)
+    end = min(run.ends[last] for run in runs)
     counts = cluster.counts()
     busy = dict.fromkeys(counts, 0.0)
     for role, began, seconds in cluster.worked:
         if begin <= began < end:
             busy[role] += seconds
-    seconds = sum((run.ends[-1] - run.ends[first - 1]) / (steps - first) for run in runs) / len(runs)
-    waited = sum(sum(run.waited[first:]) / (steps - first) for run in runs) / len(runs)
+    seconds = sum((run.ends[last] - run.ends[first - 1]) / (last + 1 - first) for run in runs) / len(runs)
+    waited = sum(sum(run.waited[first : last + 1]) / (last + 1 - first) for run in runs) / len(runs)
     staleness = sum((run.staleness for run in runs), Counter[int]())
     return Outcome(
         seconds=seconds,
@@ -260,11 +263,13 @@ def main() -> None:
     parser.add_argument("command", choices=["measure", "predict", "page"])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of measured runs")
     parser.add_argument("--repeats", type=int, default=2, help="how often each run is made in a round")
+    parser.add_argument("--ahead", action="store_true", help="measure runs that write one step ahead, too")
     parser.add_argument("--results", type=Path, default=stages.RESULTS, help="file of what was measured and predicted")
     parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs", help="folder of the page")
     arguments = parser.parse_args()
     if arguments.command == "measure":
-        stages.keep(stages.measured(arguments.rounds, arguments.repeats), arguments.results)
+        plan = (*stages.PLAN, *stages.AHEAD) if arguments.ahead else stages.PLAN
+        stages.keep(stages.measured(arguments.rounds, arguments.repeats, plan), arguments.results)
     elif arguments.command == "predict":
         gpus.keep(gpus.predictions(), arguments.results)
     else:

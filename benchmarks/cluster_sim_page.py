@@ -110,7 +110,7 @@ def _stated() -> list[str]:
     work, (ranks, generators, teachers) = gpus.Work(), gpus.EIGHT
     return [
         "## What is assumed of GPUs",
-        "Student Qwen3-8B, teacher Qwen3-32B or Qwen3-Coder-30B-A3B, in bf16, on H100 (3.35 TB/s, 989 Tflop/s on "
+        "Student Qwen3-8B, teacher Qwen3-32B or Qwen3-Coder-30B-A3B, in bf16, on H200 (4.8 TB/s, 989 Tflop/s on "
         f"paper). Of eight GPUs {ranks} learn, {generators} generate and {teachers} holds the teacher. A step on "
         f"eight GPUs has {work.rollouts} trajectories, {work.samples} of each prompt; on more GPUs as many times "
         f"more. A prompt has {work.prompt} tokens, a completion {work.mean:,.0f} on average (lognormal, spread "

@@ -96,6 +96,9 @@ PLAN = (
     Setting(SERVED, 64, 8, served=True, predicted=True),
     Setting(TWO, 16, 12, ranks=2),
     Setting(TWO, 96, 8, ranks=2, predicted=True),
+)
+#: Runs that write ahead (`rollout.workers`, `rollout.staleness`); fed without staleness, predicted with it.
+AHEAD = (
     Setting(WORKER, 8, 12, workers=1),
     Setting(WORKER, 32, 10, workers=1),
     Setting(WORKER, 64, 8, workers=1, staleness=1, predicted=True),
