@@ -17,11 +17,17 @@ Rows = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Compared:
-    """A run that was predicted, and measured: seconds of a step in each round."""
+    """A run that was predicted, and measured: seconds of a step in each round, and the machine's load."""
 
     setting: Setting
     predicted: tuple[float, ...]
     measured: tuple[float, ...]
+    loads: tuple[float, ...]
+
+    @property
+    def quietest(self) -> float:
+        """The ratio of the round with the least load."""
+        return min(zip(self.loads, self.ratios, strict=True))[1]
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -80,11 +86,13 @@ def for_ranks(rows: Rows) -> Stages:
 def compared(rounds: Sequence[Mapping[str, Any]], plan: Sequence[Setting] = (*PLAN, *AHEAD)) -> list[Compared]:
     """Every run that was left out of the fit: predicted from the other rows of the same round."""
     found = []
-    for setting in (one for one in plan if one.predicted and all(one.key in own["runs"] for own in rounds)):
+    for setting in (one for one in plan if one.predicted):
+        own = [one for one in rounds if setting.key in one["runs"]]
         ours, true = [], []
-        for rows in (own["runs"] for own in rounds):
+        for rows in (one["runs"] for one in own):
             stages = for_ranks(rows) if setting.ranks > 1 else fitted(rows, setting.name)
             ours.append(seconds(setting, stages, rows[setting.key]))
             true.append(rows[setting.key]["whole"])
-        found.append(Compared(setting, tuple(ours), tuple(true)))
+        if own:
+            found.append(Compared(setting, tuple(ours), tuple(true), tuple(one["load"] for one in own)))
     return found

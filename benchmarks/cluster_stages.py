@@ -116,7 +116,8 @@ class Watching:
         now = time.perf_counter()
         row = {stage: sum(metrics.get(key, 0.0) for key in keys) for stage, keys in STAGES.items()}
         whole = now - self._last
-        row |= {"besides": whole - sum(row.values()), "whole": whole, "tokens": float(metrics["tokens"])}
+        # A batch that is written ahead takes time that is none of the step's.
+        row |= {"besides": max(0.0, whole - sum(row.values())), "whole": whole, "tokens": float(metrics["tokens"])}
         self.rows.append(row)
         self._last = now
 
