@@ -102,9 +102,7 @@ class ContinuousEngine:
             return []
         with _generating(self.lm):
             self.check()
-            asked = [
-                _Asked(own.context.ids, own.uniforms[: sampling.max_new_tokens].tolist()) for own in requests
-            ]
+            asked = [_Asked(own.context.ids, own.uniforms[: sampling.max_new_tokens].tolist()) for own in requests]
             self._run(asked, _Draw(self.vocab, sampling, asked))
         stops = self.lm.stops.ids
         return [
@@ -156,7 +154,9 @@ class ContinuousEngine:
         for ids, own, found in zip(prompts, written, asked, strict=True):
             logits_AV = lm.head().logits(lm.hidden([TokenSequence.of(ids).then(own, decided=True)]))
             again_A = logits_AV.float().log_softmax(-1).cpu().gather(1, torch.tensor(own)[:, None]).squeeze(1)
-            bound = 1e-2 if lm.precision == "fp32" else 0.5  # rounding of logits is an eighth in bf16 where they reach 16
+            bound = (
+                1e-2 if lm.precision == "fp32" else 0.5
+            )  # rounding of logits is an eighth in bf16 where they reach 16
             if not bool(((torch.tensor(found.logps) - again_A).abs() < bound).all()):
                 return "it gives other probabilities there than alone"
         return None

@@ -24,7 +24,9 @@ def check_other_engine(config: Config) -> None:
         UserError: No interpreter with vLLM is named, or the run has what vLLM is not offered for.
     """
     asked = config.rollout
-    if asked.engine == "own":
+    if asked.engine == "continuous" and here().size > 1:
+        raise UserError("rollout.engine=continuous is not offered on several ranks; use rollout.engine=own")
+    if asked.engine != "vllm":
         idle = "vllm_python" if asked.vllm_python else "vllm_options" if asked.vllm_options else None
         if idle is not None:
             raise UserError(f"rollout.{idle} belongs to rollout.engine=vllm; set that, or leave it out")
@@ -64,7 +66,7 @@ def other_engine(
         UserError: vLLM cannot write for this student.
     """
     asked = config.rollout
-    if asked.engine == "own":
+    if asked.engine != "vllm":
         return None
     assert asked.vllm_python is not None  # checked by `check_other_engine`
     if lm.image_tokens is not None:
