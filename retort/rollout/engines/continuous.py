@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import ContinuousBatchingConfig, ContinuousMixin
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
+from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
 from retort.align.images import ImageTokens
 from retort.core.rollouts import Status
@@ -307,7 +308,7 @@ class _View:
 class _Cast(PagedAttentionCache):
     """Pages that take keys and values of any precision."""
 
-    def __init__(self, inner: PagedAttentionCache) -> None:
+    def __init__(self, inner: Any) -> None:
         self.inner = inner
 
     def __getattr__(self, name: str) -> Any:

@@ -53,7 +53,7 @@ def choose(student: Student, *, vllm: bool, ranks: int) -> tuple[Literal["own", 
     return "vllm", f"the student has about {student.parameters / 1e6:,.0f} million parameters and reads text alone"
 
 
-def with_engine(config: Config, notes: list[str], caller_objects: CallerObjects | None = None) -> Config:
+def with_engine(config: Config, notes: list[str], caller_objects: CallerObjects) -> Config:
     """The settings with the engine that `auto` means; others stay as they are.
 
     Where the own loop is chosen, the interpreter is taken out of the settings: a resumed run repeats the choice.
@@ -79,7 +79,7 @@ def with_engine(config: Config, notes: list[str], caller_objects: CallerObjects 
     return config.changed("rollout.vllm_python", None).changed("rollout.vllm_options", [])
 
 
-def _student(config: Config, path: str, caller_objects: CallerObjects | None) -> Student:
+def _student(config: Config, path: str, caller_objects: CallerObjects) -> Student:
     name, source = sources(config.server, {"student": path}, caller_objects)["student"]
     found = describe(name, source, "student", stop=config.rollout.stop, trust_remote_code=config.trust_remote_code)
     return Student(found.image_tokens is not None, parameters_of(found.config))

@@ -233,7 +233,7 @@ def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
     return kind(lm, vocab=vocab, max_parallel=config.rollout.parallel)  # pyright: ignore[reportArgumentType]
 
 
-def writer(config: Config, student: LanguageModel, vocab: int) -> Engine:
+def rollout_engine(config: Config, student: LanguageModel, vocab: int) -> Engine:
     """Who writes a run's rollouts in this process; only ids below `vocab` are tokens.
 
     Raises:

@@ -37,7 +37,7 @@ from retort.train.learning.passes import HeadUse, Passes
 from retort.train.models.engine_choice import with_engine
 from retort.train.models.judge import asker, check_settings, open_record, step_metrics
 from retort.train.models.loading import Loaded, load_models
-from retort.train.models.models import device_for, engine, sources, teacher_of, writer
+from retort.train.models.models import device_for, engine, rollout_engine, sources, teacher_of
 from retort.train.models.other_engine import check_other_engine, other_engine
 from retort.train.models.several import several
 from retort.train.setup import pair
@@ -282,7 +282,7 @@ def _parties(
         count=batch_prompts(config, len(data.train)),
         limit=config.rollout.max_new_tokens,
         seed=config.seed,
-        engine=writer(config, student, vocab) if other is None else other,
+        engine=rollout_engine(config, student, vocab) if other is None else other,
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
