@@ -26,7 +26,7 @@ LOG = "vllm.log"
 _STARTS, _ANSWERS, _SAYS = 1800.0, 21_600.0, 120.0
 #: Seconds between two looks at a server that starts.
 _EVERY = 0.25
-#: Seconds for processes that were killed to be gone, which takes longest with much memory, and between two looks at them.
+#: Seconds for killed processes to be gone, which takes longest with much memory, and between two looks at them.
 _GOES, _LOOKS = 30.0, 0.01
 #: Characters of the log's end that are looked through for a reason.
 _TAIL = 20_000
