@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from retort.config import Config
+from retort.errors import UserError
 from retort.models.described import describe
 from retort.ranks import here
 from retort.train.given.given import CallerObjects
@@ -64,8 +65,10 @@ def with_engine(config: Config, notes: list[str], caller_objects: CallerObjects)
         caller_objects: The objects behind placeholders.
 
     Raises:
-        UserError: The student's folder cannot be read.
+        UserError: The student's folder cannot be read; or continuous batching is asked for on several ranks.
     """
+    if config.rollout.engine == "continuous" and here().size > 1:
+        raise UserError("rollout.engine=continuous is not offered on several ranks; use rollout.engine=own")
     if config.rollout.engine != "auto":
         return config
     named, path = config.rollout.vllm_python is not None, config.student

@@ -24,8 +24,6 @@ def check_other_engine(config: Config) -> None:
         UserError: No interpreter with vLLM is named, or the run has what vLLM is not offered for.
     """
     asked = config.rollout
-    if asked.engine == "continuous" and here().size > 1:
-        raise UserError("rollout.engine=continuous is not offered on several ranks; use rollout.engine=own")
     if asked.engine != "vllm":
         idle = "vllm_python" if asked.vllm_python else "vllm_options" if asked.vllm_options else None
         if idle is not None:

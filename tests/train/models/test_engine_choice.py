@@ -107,7 +107,7 @@ def test_continuous_batching_is_refused_in_one_line_where_it_cannot_be(
 ) -> None:
     with pytest.raises(UserError, match="attention = eager reads no pages"):
         prepare(api.assemble({**tiny_run, "attention": "eager", "rollout": {"engine": "continuous"}}))
-    monkeypatch.setattr(other_engine, "here", lambda: SimpleNamespace(size=2))
+    monkeypatch.setattr(engine_choice, "here", lambda: SimpleNamespace(size=2))
     with pytest.raises(UserError, match="not offered on several ranks"):
         prepare(asked(tiny_run, engine="continuous"))
     assert here().size == 1
