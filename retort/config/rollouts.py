@@ -88,15 +88,16 @@ class RolloutSection(Section):
         "(docs/rooms.md); null: as long as it takes",
     )
 
-    engine: Literal["own", "vllm"] = Field(
+    engine: Literal["own", "continuous", "vllm", "auto"] = Field(
         default="own",
-        description="who writes the rollouts: own, a loop in this process; vllm, in a process of its own, to which the "
-        "student's weights are sent (docs/engines.md)",
+        description="who writes the rollouts: own, a loop in this process; continuous, transformers' continuous "
+        "batching in this process; vllm, in a process of its own, to which the student's weights are sent; auto: vllm "
+        "where vllm_python is given and the student is no small one and reads text alone, else own (docs/engines.md)",
     )
     vllm_python: str | None = Field(
         default=None,
         min_length=1,
-        description="interpreter of the environment that has vLLM; null: none, where rollout.engine is own",
+        description="interpreter of the environment that has vLLM; null: none, where vLLM does not write",
     )
     vllm_options: list[str] = Field(
         default=[], description="further arguments of vLLM's server, such as --tensor-parallel-size=2"

@@ -228,6 +228,25 @@ def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
     return kind(lm, vocab=vocab, max_parallel=config.rollout.parallel)  # pyright: ignore[reportArgumentType]
 
 
+def rollout_engine(config: Config, student: LanguageModel, vocab: int) -> Engine:
+    """Who writes a run's rollouts in this process; only ids below `vocab` are tokens.
+
+    Raises:
+        UserError: transformers' continuous batching is asked for, and not for this student.
+    """
+    if config.rollout.engine != "continuous":
+        return engine(config, student, vocab)
+    if student.image_tokens is not None:
+        raise UserError(
+            f"rollout.engine=continuous writes text alone, and {student.name} reads images; use rollout.engine=own"
+        )
+    from retort.rollout.engines.continuous import ContinuousEngine  # loads transformers
+
+    made = ContinuousEngine(student, vocab=vocab, max_parallel=config.rollout.parallel)
+    made.check()
+    return made
+
+
 def located(name: str) -> str:
     """The folder of a model that ships with Retort, such as `countdown:student`; other names stay as they are.
 

@@ -36,9 +36,10 @@ from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
+from retort.train.models.engine_choice import with_engine
 from retort.train.models.judge import asker, check_settings, open_record, step_metrics
 from retort.train.models.loading import Loaded, load_models
-from retort.train.models.models import device_for, engine, sources, teacher_of
+from retort.train.models.models import device_for, engine, rollout_engine, sources, teacher_of
 from retort.train.models.other_engine import check_other_engine, other_engine
 from retort.train.models.several import several
 from retort.train.setup import pair
@@ -197,6 +198,7 @@ def prepare(
         UserError: Whatever is wrong, in one line.
     """
     caller_objects, notes = caller_objects or CallerObjects(), list[str]()
+    config = with_engine(config, notes, caller_objects)
     method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
     check_settings(config)
@@ -244,7 +246,7 @@ def run_method(config: Config, method: Method | None) -> Method:
     record, several_teach = config.record, bool(config.teachers.models)
     method = method or registry.load(**config.method)
     method = watching(method, record.overlap, record.overlap_every, several=several_teach)
-    if (config.rollout.engine != "own" or config.rollout.staleness) and config.rollout.correction == "truncated":
+    if (config.rollout.engine == "vllm" or config.rollout.staleness) and config.rollout.correction == "truncated":
         method = corrected_for_engine(method)
     cold = config.cold_start
     if not cold.steps:
@@ -298,7 +300,7 @@ def _parties(
         count=batch_prompts(config, len(data.train)),
         limit=config.rollout.max_new_tokens,
         seed=config.seed,
-        engine=engine(config, student, vocab) if other is None else other,
+        engine=rollout_engine(config, student, vocab) if other is None else other,
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,

@@ -24,9 +24,10 @@ def check_staleness(config: Config, method: Method) -> None:
         return
     if here().size > 1:
         raise UserError(f"rollout.staleness={staleness} is not offered on several ranks; start one, or set it to 0")
-    if config.rollout.engine == "own" and not config.rollout.workers:
+    engine = config.rollout.engine
+    if engine != "vllm" and not config.rollout.workers:
         raise UserError(
-            f"rollout.staleness={staleness} needs an engine with weights of its own, and rollout.engine=own writes "
+            f"rollout.staleness={staleness} needs an engine with weights of its own, and rollout.engine={engine} writes "
             "with the model that learns; set rollout.workers=1 or rollout.engine=vllm (docs/overlap.md), or "
             "rollout.staleness=0"
         )
