@@ -9,8 +9,8 @@ from retort.rollout.plan import RolloutPlan, TurnCurriculum
 
 @method(
     paper=Paper(
-        title="ReOPD",
-        authors="{The authors of arXiv 2607.04763}",
+        title="Multi-Turn On-Policy Distillation with Prefix Replay",
+        authors="Liao, Baohao and Dong, Hanze and Monz, Christof and Xu, Xinxing and Dong, Li and Wei, Furu",
         year=2026,
         arxiv="2607.04763",
         url="https://github.com/BaohaoLiao/ReOPD",

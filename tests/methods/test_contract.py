@@ -64,7 +64,7 @@ WHOLE_BATCH = {
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "unisd": "disagreement is over a quantile of the batch's, and a half is divided by its own rollouts",
     "uni_opd": "a half is divided by its own rollouts, and has other groups",
-    "topd": "returns are normalised over the batch, and a half may end within a completion",
+    "topd": "returns are normalised over a prompt, and a half may end within a completion",
     "tropd": "its draws are keyed by the place in the answer",
     "va_opd": "siblings are compared, and a half may end within a rollout",
     **dict.fromkeys(("mad_opd", "mt_opd", "opad"), "a half is divided by its own rollouts"),
