@@ -409,7 +409,7 @@ _BEYOND: Mapping[str, Entry] = {
     "w2s_opd": Entry(
         "w2s_opd",
         {},
-        "no teacher: a pair of models weaker than the student, one after further training of the other",
+        "no teacher: a pair of smaller models, one after further training of the other, which is ahead of the student before",
         weaker=_WEAK_PAIR,
     ),
     "lgr": Entry("lgr"),
