@@ -409,7 +409,7 @@ _BEYOND: Mapping[str, Entry] = {
     "w2s_opd": Entry(
         "w2s_opd",
         {},
-        "no teacher: a pair of smaller models, one after further training of the other, which is ahead of the student before",
+        "no teacher: two smaller models, one after further training, with which it is ahead of the student before",
         weaker=_WEAK_PAIR,
     ),
     "lgr": Entry("lgr"),
