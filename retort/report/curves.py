@@ -10,6 +10,7 @@ from retort.report.alike import tables
 from retort.report.by_turn import by_turn_figures, is_by_turn, other_figures
 from retort.report.flow_words import DECIDED, all_flows, is_by_step, words_of
 from retort.report.groups import Group, Points, all_runs, over_seeds
+from retort.report.method_curves import OF_METHODS
 from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
 COLORS = 6
@@ -52,6 +53,7 @@ PLOTS = (
         "probability off the teacher’s first token",
         {"contract_tail": "student’s", "contract_tail_boundary": "(1 - p) / c"},
     ),
+    *(Curves(*own) for own in OF_METHODS),
     Curves("Top-k in common", "share of the student’s k", {"overlap_ratio": "overlap"}, "share"),
     Curves(
         "Mass of the top-k in common",
@@ -184,7 +186,7 @@ PLOTS = (
     Curves(
         "Gradient’s variance at a token",
         "in logits, nats squared",
-        {"gradient_variance": "exact", "gradient_variance_plain": "exact, without baseline"},
+        {"gradient_variance": "exact", "gradient_variance_plain": "exact, as opd has it"},
     ),
     Curves(
         "Gradient’s variance over all weights",
