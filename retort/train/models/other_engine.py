@@ -30,17 +30,16 @@ def check_other_engine(config: Config) -> None:
         UserError: No interpreter with vLLM is named, or the run has what vLLM is not offered for.
     """
     asked = config.rollout
-    if asked.engine != "vllm":
-        idle = "vllm_python" if asked.vllm_python else "vllm_options" if asked.vllm_options else None
-        if idle is not None:
-            raise UserError(f"rollout.{idle} belongs to rollout.engine=vllm; set that, or leave it out")
     if asked.workers and asked.engine != "own":
         raise UserError(
             f"rollout.workers = {asked.workers} belongs to rollout.engine=own, and it is {asked.engine}; set one of them"
         )
-    if asked.workers:
-        _check_workers(asked.workers)
     if asked.engine != "vllm":
+        idle = "vllm_python" if asked.vllm_python else "vllm_options" if asked.vllm_options else None
+        if idle is not None:
+            raise UserError(f"rollout.{idle} belongs to rollout.engine=vllm; set that, or leave it out")
+        if asked.workers:
+            _check_workers(asked.workers)
         return
     if asked.vllm_python is None:
         raise UserError(
