@@ -41,6 +41,7 @@ class FollowingHere:
         self.own: HFEngine | None = None
         self.version = -1
         self.kept: dict[int, dict[str, Tensor]] = {}
+        self.lock = threading.Lock()
         self.wrote: list[tuple[int, str]] = []
         self.before: Callable[[int], None] = lambda number: None
         self.closed = self.waits = False
@@ -61,7 +62,8 @@ class FollowingHere:
         self.waits = True
         if version == self.version or version in self.kept:
             return
-        self.kept[version] = self.copied()
+        with self.lock:
+            self.kept[version] = self.copied()
 
     def copied(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.lm.model.state_dict().items()}
@@ -75,8 +77,9 @@ class FollowingHere:
         if version not in self.kept:
             assert not self.waits, "nobody has kept these weights"
             self.kept[version] = self.copied()
-        self.own.lm.model.load_state_dict(self.kept.pop(version))
-        self.kept = {known: value for known, value in self.kept.items() if known > version}
+        with self.lock:
+            self.own.lm.model.load_state_dict(self.kept.pop(version))
+            self.kept = {known: value for known, value in self.kept.items() if known > version}
         self.own.update(version)
         self.version = version
 

@@ -151,9 +151,13 @@ class Prepared(Phased):
                 noise = f"{other.noise_floor:.1e} nats"
             say(f"{other.name} generates: its log-probs are {noise} a token from the student's here")
 
-    @cached_property
+    @property
     def batches(self) -> Source | Ahead:
         """What the loop asks for a batch: the source, or who has it write ahead in another thread."""
+        return self._batches
+
+    @cached_property
+    def _batches(self) -> Source | Ahead:
         staleness, engine = self.config.rollout.staleness, self.other_engine
         if not staleness or engine is None:
             return self.source
