@@ -129,6 +129,11 @@ class Crew:
             raise self._error(failed)
         return not self._running and not ended
 
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether the user has sent a signal."""
+        return self._signalled > 0
+
     def signal(self, number: int) -> bool:
         """Passes a signal to the first rank; False from the third on."""
         self._signalled += 1

@@ -203,6 +203,10 @@ class Drive:
                 while not crew.finished(_EVERY):
                     self._deliver(crew)
                     guard.advise(self._plan.advice)
+        except LostError as error:
+            if crew.asked_to_stop:
+                raise RunError(f"{error}; {self._plan.advice}") from None
+            raise
         finally:
             self._observer.close()
 

@@ -67,7 +67,7 @@ def _made(spaces: tuple[str, str]) -> str | None:
 
 
 def _node(space: str, folder: str, variables: Mapping[str, str], *words: str) -> None:
-    surroundings = quick_start(folder) | HEALTH | variables
+    surroundings = {**quick_start(folder), **HEALTH, **variables}
     del surroundings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # the nodes have addresses of their own
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--object-store-memory=80000000"]
     with open(Path(folder) / "nodes.log", "ab") as log:
