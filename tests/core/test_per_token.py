@@ -252,15 +252,16 @@ def test_bf16_inputs_are_summed_in_fp32() -> None:
 @pytest.mark.parametrize("chunk", [128, 300], ids=["several chunks", "one chunk"])
 @pytest.mark.parametrize(
     ("settings", "of_values", "of_gradients"),
-    [({}, 1e-4, 3e-3), ({"bias": True, "adapter": True, "padded": 3}, 3e-3, 6e-3)],
-    ids=["plain", "parts"],
+    [({}, 1e-4, 3e-3), ({"bias": True, "padded": 3}, 3e-4, 3.5e-3), ({"adapter": True}, 2e-3, 8e-3)],
+    ids=["plain", "bias", "adapter"],
 )
 def test_logits_of_bf16_are_not_rounded_before_the_softmax(
     settings: dict, of_values: float, of_gradients: float, chunk: int
 ) -> None:
     """Values lose next to nothing, and gradients what rounding two tensors to bf16 takes: 1.7e-3 each.
 
-    What a bias and an adapter add is still rounded, here as large as the logits themselves.
+    What a bias and an adapter add is still rounded, and this adapter adds as much as the head. With logits rounded as a
+    whole the gradients are off by 0.9e-2 to 1.6e-2.
     """
     case = Case(300, 257, 32, dtype=torch.bfloat16, **settings)
     wanted, gradients = case.definition()
