@@ -32,7 +32,7 @@ def check_other_engine(config: Config) -> None:
     asked = config.rollout
     if asked.workers and asked.engine != "own":
         raise UserError(
-            f"rollout.workers = {asked.workers} belongs to rollout.engine=own, and it is {asked.engine}; set one of them"
+            f"rollout.workers = {asked.workers} belongs to rollout.engine=own, not to {asked.engine}; set one of them"
         )
     if asked.engine != "vllm":
         idle = "vllm_python" if asked.vllm_python else "vllm_options" if asked.vllm_options else None

@@ -27,8 +27,8 @@ def check_staleness(config: Config, method: Method) -> None:
     engine = config.rollout.engine
     if engine != "vllm" and not config.rollout.workers:
         raise UserError(
-            f"rollout.staleness={staleness} needs an engine with weights of its own, and rollout.engine={engine} writes "
-            "with the model that learns; set rollout.workers=1 or rollout.engine=vllm (docs/overlap.md), or "
+            f"rollout.staleness={staleness} needs an engine with weights of its own, and rollout.engine={engine} "
+            "writes with the model that learns; set rollout.workers=1 or rollout.engine=vllm (docs/overlap.md), or "
             "rollout.staleness=0"
         )
     for phase in [method] if method.before is None else [method.before[1], method]:

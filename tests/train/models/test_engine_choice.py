@@ -49,6 +49,10 @@ def test_auto_chooses_by_this_table_and_says_why(name: str) -> None:
     found, said = choose(Student(images, parameters), vllm=vllm, ranks=ranks)
     assert found == engine
     assert why in said
+    assert choose(Student(images, parameters), vllm=vllm, ranks=ranks, workers=2) == (
+        "own",
+        "rollout.workers run the own loop",
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
