@@ -39,7 +39,7 @@ python benchmarks/cluster_sim.py page                  # needs matplotlib
   all processes then take new weights *together*. The other way, *each* when its part is written, is not offered by
   Retort.
 * A server of the teacher scores one request after another. In the predictions it is asked for a group (all completions
-  of a prompt) as soon as that is written; Retort today asks for a batch at its step.
+  of a prompt) as soon as that is written; Retort today asks for a whole batch.
 * Not simulated: a batch that starts in the slots of the last one's long completions with older weights in them,
   processes that fail, networks that are shared, a decoder of many experts that generates.
 """
