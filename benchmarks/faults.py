@@ -107,6 +107,8 @@ def measured(work: Work, seconds: float, every: float, kinds: Sequence[str]) -> 
             kind, due = next(turns), due + every
             work.kill(kind)
             killed = (time.monotonic(), kind)
+            time.sleep(0.2)
+            steps = max([steps, *(int(row["step"]) for row in work.rows()[-1:])])  # it ended before it was killed
         time.sleep(0.05)
     rows = [row["time/step"] for row in work.rows()[1:steps]]
     work.end()

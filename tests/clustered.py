@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,16 @@ LONGEST = 600
 
 @dataclass
 class Nodes:
-    """Nodes of Ray: their head's address, and the folder that is in the environment of all their processes."""
+    """Nodes of Ray: their head's address, and the folder that is in the environment of all their processes.
+
+    A command to a cluster may need a network namespace of its own, and variables.
+    """
 
     address: str
     folder: str
     process: subprocess.Popen[str] | None = None
     within: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=lambda: {})
 
     def pids(self, name: str) -> list[int]:
         """Processes of the cluster whose command begins with a name, the oldest first."""
@@ -80,7 +84,8 @@ class Nodes:
 
     def train(self, *words: str) -> subprocess.Popen[str]:
         """`retort train` on the cluster."""
-        return command("-m", "retort", "train", "--cluster", self.address, *words, within=self.within)
+        start = ("-m", "retort", "train", "--cluster", self.address)
+        return command(*start, *words, within=self.within, more=self.variables)
 
 
 def _parent(pid: int) -> int:

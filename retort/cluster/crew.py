@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from retort.cluster.job import Job
 from retort.cluster.mailbox import Mailbox
 from retort.cluster.rank import Outcome, Rank, Where
 from retort.cluster.resources import Layout
-from retort.cluster.teacher import Teacher
-from retort.cluster.worker import Worker
+from retort.cluster.service import Service, services, variables
 from retort.config import Config
 from retort.errors import RetortError, RunError, UserError, shortened
 from retort.ranks import CLUSTER
-from retort.train.models.at_server import VARIABLE
-from retort.wire.workers import ADDRESSES, KEY
 
 #: Seconds for the other ranks to end, or to be found dead, once one has failed.
 _AFTER = 10.0
-#: Seconds between two looks at the servers of the teacher.
+#: Seconds between two looks at the servers.
 _LOOK = 1.0
 #: Variables that actors get from the command, by how their names begin.
 _PASSED = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "NCCL_", "GLOO_", "TORCH_")
 _LOCAL = "127.0.0.1"
-#: Settings of `retort serve` that a run has, too.
-_SERVED = ("precision", "device", "attention", "threads", "trust_remote_code", "weights")
 
 
 class LostError(Exception):
@@ -57,10 +50,11 @@ class Crew:
             note: Takes a line for the user.
         """
         self._ray, self._config, self._layout, self._note = ray, config, layout, note
-        self._folder, self._key = os.getcwd(), secrets.token_urlsafe(24)
+        self._folder, self._key = os.getcwd(), _key(config)
         self._group: Any = None
         self._mailbox: Any = None
         self._ranks: list[Any] = []
+        self._services: list[Service] = []
         self._servers: list[Any] = []
         self._where: list[Where] = []
         self._running: dict[Any, int] = {}
@@ -70,25 +64,24 @@ class Crew:
         self._looked = self._signalled = 0.0
 
     def start(self, job: Job, given: str) -> None:
-        """Has all actors placed, the teacher served, and the ranks begin.
+        """Has all actors placed, what is shared served, and the ranks begin.
 
         Args:
             job: What the ranks do.
             given: What `--cluster` was given.
 
         Raises:
-            UserError: Others use the cluster for longer than `cluster.wait`, or the teacher cannot be served.
+            UserError: Others use the cluster for longer than `cluster.wait`, or something cannot be served.
             LostError: An actor does not start.
         """
         self._reserve()
         self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0).remote()
         count, hangs = self._layout.ranks, self._config.cluster.hangs
-        self._ranks = [self._actor(Rank, "rank", number, number) for number in range(count)]
+        self._ranks = [self._actor(Rank, f"rank-{number}", number) for number in range(count)]
+        self._services, lasting = services(self._config), {"max_restarts": -1, "max_task_retries": -1}
         self._servers = [
-            self._actor(
-                *(kind, role, number, count + place, self._mailbox, hangs), max_restarts=-1, max_task_retries=-1
-            )
-            for place, (kind, role, number) in enumerate(self._roles)
+            self._actor(own.actor, own.name, count + number, self._mailbox, hangs, **lasting)
+            for number, own in enumerate(self._services)
         ]
         found = self._got([actor.where.remote() for actor in self._ranks])
         # The first rank owns the folder, so it is the least likely to lose the driver.
@@ -99,14 +92,9 @@ class Crew:
         known = self._known(given)
         for rank, actor in enumerate(self._ranks):  # they import what they need while the teacher is loaded
             actor.prepare.remote(known | self._own(rank))
-        addresses, common = self._serve(), self._common()
-        teachers, workers = addresses[: self._layout.teachers], addresses[self._layout.teachers :]
-        common |= {ADDRESSES: json.dumps(workers), KEY: self._key} if workers else {}
+        served, common = self._serve(), self._common()
         for rank, actor in enumerate(self._ranks):
-            environment = known | common | self._own(rank)
-            if teachers:
-                names = dict.fromkeys((str(self._config.teacher), str(Path(str(self._config.teacher)).resolve())))
-                environment[VARIABLE] = json.dumps(dict.fromkeys(names, teachers[rank % len(teachers)]))
+            environment = known | common | self._own(rank) | variables(served, rank, self._config, self._key)
             began = actor.run.remote(job, self._folder, environment, self._mailbox, f"rank-{rank}", hangs)
             self._running[began] = rank
 
@@ -140,6 +128,11 @@ class Crew:
                 raise LostError("; ".join(lost))
             raise self._error(failed)
         return not self._running and not ended
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether the user has sent a signal."""
+        return self._signalled > 0
 
     def signal(self, number: int) -> bool:
         """Passes a signal to the first rank; False from the third on."""
@@ -175,14 +168,14 @@ class Crew:
             has = ", ".join(f"{free.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
             raise UserError(
                 f"the cluster did not have room for the run within {wait:g} seconds (free now: {has}); end what else "
-                "runs there, raise cluster.wait, or lower cluster.ranks, cluster.teachers or rollout.workers"
+                "runs there, raise cluster.wait, or lower the number of ranks, servers or workers"
             )
 
     def _alive(self) -> set[str]:
         """Machines of the cluster, by what Ray calls them."""
         return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
 
-    def _actor(self, kind: type, role: str, number: int, bundle: int, *arguments: Any, **options: Any) -> Any:
+    def _actor(self, kind: type, name: str, bundle: int, *arguments: Any, **options: Any) -> Any:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
 
         needs = self._layout.bundles[bundle]
@@ -194,15 +187,14 @@ class Crew:
             scheduling_strategy=strategy,
             **options,
         )
-        return made.remote(f"{role}-{number}", self._folder, *arguments)
+        return made.remote(name, self._folder, *arguments)
 
     def _known(self, given: str) -> dict[str, str]:
         """Variables of all ranks that are known before they are brought together."""
         keys = {self._config.server.key, self._config.judge.key}
         passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED) or name in keys}
         threads = {"OMP_NUM_THREADS": str(self._config.cluster.rank_cpus)}
-        key = {self._config.server.key: self._key} if self._layout.teachers else {}
-        return {**threads, **passed, **key, CLUSTER: given}
+        return {**threads, **passed, CLUSTER: given}
 
     def _common(self) -> dict[str, str]:
         """Variables of all ranks by which they find one another."""
@@ -227,18 +219,8 @@ class Crew:
         """Whether all ranks are on one machine, though perhaps on several nodes of Ray."""
         return len({where.host for where in self._where}) == 1
 
-    @property
-    def _roles(self) -> list[tuple[type, str, int]]:
-        """Of each server: what it is, and the name of its role with its number there."""
-        own = [(Teacher, "teacher", number) for number in range(self._layout.teachers)]
-        return [*own, *((Worker, "worker", number) for number in range(self._layout.workers))]
-
-    def _called(self, place: int) -> str:
-        _, role, number = self._roles[place]
-        return f"server {number} of the teacher" if role == "teacher" else f"worker {number}"
-
-    def _serve(self) -> list[str]:
-        """Addresses of the servers of the teacher and of the workers, each of which has begun to answer."""
+    def _serve(self) -> list[tuple[Service, str]]:
+        """What servers serve, and their addresses; each has begun to answer."""
         if not self._servers:
             return []
         places = self._got([actor.where.remote() for actor in self._servers])
@@ -246,21 +228,15 @@ class Crew:
         near = self._alone and set(own) == {self._where[0].host}
         self._at = [(_LOCAL if near else host, 0) for host in own]
         found = self._got([self._asked(number) for number in range(len(own))])
-        failed = next((number for number, one in enumerate(found) if one.problem), None)
-        if failed is not None:
-            raise UserError(f"{self._called(failed)} does not start: {found[failed].problem}")
+        for own, one in zip(self._services, found, strict=True):
+            if one.problem is not None:
+                raise UserError(f"{own.words} does not start: {one.problem}")
         self._at = [(host, one.port) for (host, _), one in zip(self._at, found, strict=True)]
-        return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in self._at]
+        urls = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in self._at]
+        return list(zip(self._services, urls, strict=True))
 
     def _asked(self, number: int) -> Any:
-        host, port = self._at[number]
-        if number >= self._layout.teachers:
-            asked = self._config
-            device, threads = "cpu" if asked.device == "cpu" else "auto", asked.threads or asked.cluster.worker_cpus
-            return self._servers[number].serve.remote(host, port, self._key, device, threads, asked.trust_remote_code)
-        config = self._config.model_copy(update={"threads": self._config.threads or self._config.cluster.teacher_cpus})
-        words = [f"{name}={_word(config.value(name))}" for name in _SERVED if config.value(name) is not None]
-        return self._servers[number].serve.remote(str(config.teacher), words, host, port, self._key)
+        return self._services[number].serve(self._servers[number], *self._at[number], self._key)
 
     def _look(self) -> None:
         """Looks for actors that hang and for machines that are gone, and has servers that started again serve again.
@@ -276,7 +252,7 @@ class Crew:
         gone = set(self._nodes) - self._alive() if self._nodes else set[str]()
         if gone:
             number = next(number for number, node in enumerate(self._nodes) if node in gone)
-            raise LostError(f"the machine of {self._called(number)} is gone ({self._at[number][0]})")
+            raise LostError(f"the machine of {self._services[number].words} is gone ({self._at[number][0]})")
         idle = set(range(len(self._servers))) - set(self._serving.values())
         self._serving |= {self._asked(number): number for number in idle}
         ended, _ = (
@@ -288,9 +264,9 @@ class Crew:
             number = self._serving.pop(reference)
             (one,) = self._got([reference])
             if one.problem is not None:
-                raise RunError(f"{self._called(number)} ended and does not start again: {one.problem}")
+                raise RunError(f"{self._services[number].words} ended and does not start again: {one.problem}")
             if one.began:
-                self._note(f"{self._called(number)} had ended, and was started again")
+                self._note(f"{self._services[number].words} had ended, and was started again")
 
     def _end_hanging(self) -> None:
         """Ends actors that gave no sign of life for `cluster.hangs` seconds.
@@ -300,17 +276,17 @@ class Crew:
         """
         hangs = self._config.cluster.hangs
         (silent,) = self._got([self._mailbox.silent.remote()], hangs)
-        for place, (actor, (_, role, number)) in enumerate(zip(self._servers, self._roles, strict=True)):
-            if silent.get(f"{role}-{number}", 0) > hangs:
-                self._note(f"{self._called(place)} gave no sign of life for {hangs:g} seconds: it is ended")
-                self._mailbox.forget.remote(f"{role}-{number}")
+        for own, actor in zip(self._services, self._servers, strict=True):
+            if silent.get(own.name, 0) > hangs:
+                self._note(f"{own.words} gave no sign of life for {hangs:g} seconds: it is ended")
+                self._mailbox.forget.remote(own.name)
                 self._ray.kill(actor, no_restart=False)
         hanging = [rank for rank in self._running.values() if silent.get(f"rank-{rank}", 0) > hangs]
         if hanging:
             rank, count = hanging[0], len(self._ranks)
             raise LostError(
-                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or "
-                f"the link to its machine is cut ({self._seen(rank)})"
+                f"rank {rank} of {count} gave no sign of life for {hangs:g} seconds (cluster.hangs): it hangs, or the "
+                f"link to its machine is cut ({self._seen(rank)})"
             )
 
     def _seen(self, rank: int) -> str:
@@ -362,5 +338,6 @@ class Crew:
             raise LostError(f"an actor is gone, or does not start: {shortened(said, 300)}") from None
 
 
-def _word(value: Any) -> str:
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+def _key(config: Config) -> str:
+    """The key of the servers: the user's, who may have others under the same variable, or a new one."""
+    return os.environ.get(config.server.key, "").strip() or secrets.token_urlsafe(24)

@@ -18,6 +18,7 @@ from retort.cluster.job import Job, Watcher
 from retort.cluster.resources import Layout, Machine, layout
 from retort.config import Config
 from retort.config.resumed import resumed
+from retort.envs.elsewhere import addresses
 from retort.errors import RunError, UserError
 from retort.files import named
 from retort.train.storage import checkpoint
@@ -99,7 +100,7 @@ class Plan:
         return f"go on with: retort train --cluster {self.given} --resume {self.folder}"
 
     def check(self) -> None:
-        """Refuses servers of a teacher that there is not.
+        """Refuses servers of a teacher, or of an environment, that there is not.
 
         Raises:
             UserError: That.
@@ -118,6 +119,13 @@ class Plan:
             problem = "ranks.teacher = sharded has the ranks hold it"
         if problem is not None:
             raise UserError(f"cluster.teachers = {count} asks for servers of `teacher`, and {problem}; set it to 0")
+        played = config.environment
+        if config.cluster.environments and (played is None or addresses(played)):
+            problem = "this run has none" if played is None else f"{played} is a server already"
+            raise UserError(
+                f"cluster.environments = {config.cluster.environments} asks for servers of the environment, and "
+                f"{problem}; set it to 0"
+            )
 
 
 class Drive:
@@ -195,6 +203,10 @@ class Drive:
                 while not crew.finished(_EVERY):
                     self._deliver(crew)
                     guard.advise(self._plan.advice)
+        except LostError as error:
+            if crew.asked_to_stop:
+                raise RunError(f"{error}; {self._plan.advice}") from None
+            raise
         finally:
             self._observer.close()
 

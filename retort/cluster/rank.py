@@ -118,7 +118,7 @@ class Rank:
             host = socket.gethostname()
             return Outcome(2, f"rank {rank} on {host} does not see {folder}: all machines must see it under this path")
         together = environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]
-        interface = _interface(None if together else where("").host)
+        interface = interface_of(None if together else where("").host)
         os.environ.update(
             {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in os.environ else {}
         )
@@ -133,7 +133,7 @@ class Rank:
         return outcome
 
 
-def _interface(host: str | None) -> str | None:
+def interface_of(host: str | None) -> str | None:
     """The network interface of an IPv4 address of this machine, or of loopback for None; None where it is not found.
 
     Without it gloo takes the address that the machine's own name resolves to, which others may not reach.

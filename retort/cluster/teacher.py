@@ -35,7 +35,7 @@ class Server:
     """An actor. Its process may be killed at any moment: Ray makes it anew, and the driver has it serve again."""
 
     def __init__(self, name: str, folder: str, mailbox: Any, hangs: float) -> None:
-        """Gives signs of life from now on, also while it loads its model.
+        """Gives signs of life from now on, also while it loads what it serves.
 
         Args:
             name: As of a `Rank`.
@@ -84,14 +84,14 @@ class Server:
         return Serving(self._port, True, problems[0] if problems else None)
 
 
-class Teacher(Server):
-    """The server of a frozen teacher."""
+class Served(Server):
+    """What `retort serve` serves."""
 
-    def serve(self, model: str, words: Sequence[str], host: str, port: int, key: str) -> Serving:
-        """Serves the teacher from now on, unless it does so already.
+    def serve(self, given: str, words: Sequence[str], host: str, port: int, key: str) -> Serving:
+        """Serves it from now on, unless it does so already.
 
         Args:
-            model: As the argument of `retort serve`, as is `words`.
+            given: As the argument of `retort serve`, as is `words`.
             words: Settings as `key=value`.
             host: Address to listen at.
             port: Port to listen at; 0: any that is free.
@@ -102,6 +102,14 @@ class Teacher(Server):
         def serves(listening: Callable[[int], None]) -> None:
             from retort.serve.command import serve
 
-            serve(model, words, host=host, port=port, say=lambda text: print(text, flush=True), listening=listening)
+            serve(given, words, host=host, port=port, say=lambda text: print(text, flush=True), listening=listening)
 
         return self.begin(serves, f"{host}:{port}")
+
+
+class Teacher(Served):
+    """The server of a frozen teacher; its process has this name."""
+
+
+class EnvironmentServer(Served):
+    """The server of the environment of the rollouts; its process has this name."""

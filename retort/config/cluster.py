@@ -34,6 +34,13 @@ class ClusterSection(Section):
     worker_gpus: int | None = Field(
         default=None, ge=0, le=1, description="GPUs of a worker; default: 1 where there are GPUs"
     )
+    environments: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="servers of the environment of the rollouts, which ranks share; 0: every rank plays it itself",
+    )
+    environment_cpus: int = Field(default=1, ge=1, le=1024, description="CPUs of a server of the environment")
     retries: int = Field(
         default=3,
         ge=0,
@@ -51,8 +58,8 @@ class ClusterSection(Section):
         default=120.0,
         ge=1,
         le=1_000_000,
-        description="seconds without a sign of life after which a rank or a server of the teacher is killed and "
-        "started again, as is one that cannot reach the driver",
+        description="seconds without a sign of life after which a rank, a server of the teacher or a worker is "
+        "killed and started again, as is one that cannot reach the driver",
     )
     dashboard: bool = Field(
         default=False,

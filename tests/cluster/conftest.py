@@ -28,17 +28,19 @@ def nodes() -> Iterator[Nodes]:
             text=True,
         )
         assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        assert address, (Path(folder) / "nodes.log").read_text()
-        found = Nodes(address, folder, process)
-        yield found
+        found = Nodes(process.stdout.readline().strip(), folder, process)
         try:
+            assert found.address, (Path(folder) / "nodes.log").read_text()
+            yield found
             process.communicate(timeout=30)
         except subprocess.TimeoutExpired:
+            pass
+        finally:
             process.kill()
-        for name in ("ray", "gcs", "python"):
-            for pid in found.pids(name):
-                os.kill(pid, signal.SIGKILL)
+            process.communicate()
+            for name in ("ray", "gcs", "python"):
+                for pid in found.pids(name):
+                    os.kill(pid, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
 
 

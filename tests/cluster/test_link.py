@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def _made(spaces: tuple[str, str]) -> str | None:
     return None
 
 
-def _node(space: str, folder: str, *words: str) -> None:
-    surroundings = quick_start(folder) | HEALTH
+def _node(space: str, folder: str, variables: Mapping[str, str], *words: str) -> None:
+    surroundings = {**quick_start(folder), **HEALTH, **variables}
     del surroundings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # the nodes have addresses of their own
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--object-store-memory=80000000"]
     with open(Path(folder) / "nodes.log", "ab") as log:
@@ -79,14 +80,16 @@ def _node(space: str, folder: str, *words: str) -> None:
 def linked() -> Iterator[Linked]:
     spaces = (f"retort-{os.getpid()}-1", f"retort-{os.getpid()}-2")
     folder = tempfile.mkdtemp(prefix="rt")
-    found = Linked(Nodes(f"{HOSTS[0]}:6379", folder, within=("ip", "netns", "exec", spaces[0])), spaces)
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    within = ("ip", "netns", "exec", spaces[0])
+    found = Linked(Nodes(f"{HOSTS[0]}:6379", folder, within=within, variables=token), spaces)
     try:
         problem = _made(spaces)
         if problem is not None:
             pytest.skip(problem)
         head = ("--head", "--port=6379", "--include-dashboard=false")
-        _node(spaces[0], folder, *head, f"--node-ip-address={HOSTS[0]}")
-        _node(spaces[1], folder, f"--address={HOSTS[0]}:6379", f"--node-ip-address={HOSTS[1]}")
+        _node(spaces[0], folder, token, *head, f"--node-ip-address={HOSTS[0]}")
+        _node(spaces[1], folder, token, f"--address={HOSTS[0]}:6379", f"--node-ip-address={HOSTS[1]}")
         yield found
     finally:
         for pid in found.nodes.pids(""):

@@ -24,6 +24,7 @@ from retort.models.image_trials import with_images
 from retort.models.images import made_up
 from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling
+from retort.rollout.engines.continuous import ContinuousEngine
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.pool import PoolSettings, WorkerPool
 from retort.rollout.engines.sample import nucleus
@@ -104,6 +105,12 @@ def by_hf(folder: Path, *, loops: bool) -> Case:
     return Case(engine, frozenset(stops), logp)
 
 
+def continuous(model_folder: Callable[..., Path], *_: Any) -> Case:
+    case = in_process(model_folder, loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    return replace(case, engine=ContinuousEngine(lm, vocab=VOCAB, max_parallel=3))
+
+
 def served(model_folder: Callable[..., Path], *_: Any) -> Case:
     case = in_process(model_folder, loops=True)
     lm: Any = case.engine.lm  # type: ignore[attr-defined]
@@ -123,6 +130,7 @@ ENGINES: dict[str, Callable[..., Case]] = {
     "in this process, by generate": lambda *more: in_process(*more, loops=False),
     "of images": lambda *more: of_images(*more, loops=True),
     "of images, by generate": lambda *more: of_images(*more, loops=False),
+    "continuous": continuous,
     "served": served,
     "scripted": scripted,
 }

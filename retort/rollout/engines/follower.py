@@ -136,7 +136,7 @@ class Follower(ABC, Generic[S]):
         Args:
             folder: Made when weights are first sent. Of weights that were left in it, nothing is read.
         """
-        self._folder = folder
+        self._folder, self._waits = folder, False
 
     def keep(self, version: int) -> None:
         """See `FollowingEngine`; from now on only versions that are asked for are loaded."""
@@ -205,9 +205,12 @@ class Follower(ABC, Generic[S]):
             self.update(self.newest())
 
     def close(self) -> None:
-        """Ends the engine and removes the weights that it read; the next completion would start it again."""
+        """Ends the engine and removes the weights that it read.
+
+        The next completion would start it again, unless someone has called `keep`: that thread may still be at work.
+        """
         self._end()
-        self._begun, self._waits, self.version = False, False, -1
+        self._begun, self.version = False, -1
         with self._lock:
             left = [own.folder for own in self._kept.values()]
             self._kept.clear()

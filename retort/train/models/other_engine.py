@@ -30,17 +30,17 @@ def check_other_engine(config: Config) -> None:
         UserError: No interpreter with vLLM is named, or the run has what vLLM is not offered for.
     """
     asked = config.rollout
-    if asked.engine == "own":
+    if asked.workers and asked.engine != "own":
+        raise UserError(
+            f"rollout.workers = {asked.workers} belongs to rollout.engine=own, not to {asked.engine}; set one of them"
+        )
+    if asked.engine != "vllm":
         idle = "vllm_python" if asked.vllm_python else "vllm_options" if asked.vllm_options else None
         if idle is not None:
             raise UserError(f"rollout.{idle} belongs to rollout.engine=vllm; set that, or leave it out")
         if asked.workers:
             _check_workers(asked.workers)
         return
-    if asked.workers:
-        raise UserError(
-            f"rollout.workers = {asked.workers} belongs to rollout.engine=own; vLLM generates in a server of its own"
-        )
     if asked.vllm_python is None:
         raise UserError(
             "rollout.engine=vllm needs rollout.vllm_python, the python of an environment that has vLLM, which may not "
@@ -75,11 +75,11 @@ def other_engine(
     Raises:
         UserError: vLLM cannot write for this student.
     """
-    asked, own = config.rollout, config.rollout.engine == "own"
-    if own and not asked.workers:
+    asked = config.rollout
+    if asked.engine != "vllm" and not asked.workers:
         return None
     probe = [render(prompt) for prompt in prompts[:PROBE_PROMPTS]]
-    if own:
+    if asked.workers:
         return _pool(config, lm, vocab, probe, newest)
     assert asked.vllm_python is not None  # checked by `check_other_engine`
     if lm.image_tokens is not None:
