@@ -112,6 +112,13 @@ class Distribution(Policy):
         """Log-sum-exp of the logits, detached; not finite if a logit is NaN or +inf, or if all are -inf."""
         if self._kernels is not None:
             return self._own.student_lse_C
+        return self._wide_normaliser_C.to(self._plain_CV.dtype)
+
+    @cached_property
+    def _wide_normaliser_C(self) -> Tensor:
+        """The same in float64, where the ids are all here: two are subtracted for a KL far smaller than either."""
+        if self._kernels is not None:
+            return self.normaliser_C
         return self.shard.logsumexp(self._plain_CV) if self.shard.spread else self._softmax[0]
 
     @cached_property
@@ -128,12 +135,12 @@ class Distribution(Policy):
 
     @cached_property
     def _softmax(self) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp and probabilities, detached: one exponential for both, and all passes but one in place."""
+        """Log-sum-exp in float64, and probabilities: one exponential for both, and all passes but one in place."""
         top_C1 = self._plain_CV.amax(-1, keepdim=True)
         top_C1 = top_C1.masked_fill_(top_C1.isinf(), 0.0)
         p_CV = (self._plain_CV - top_C1).mul_(_LOG2_E).exp2_()
-        total_C1 = p_CV.sum(-1, keepdim=True)
-        return (top_C1 + total_C1.log()).squeeze(-1), p_CV.mul_(total_C1.reciprocal())
+        total_C1 = p_CV.sum(-1, keepdim=True, dtype=torch.float64)
+        return (top_C1 + total_C1.log()).squeeze(-1), p_CV.mul_(total_C1.reciprocal().to(p_CV.dtype))
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The `k` most likely ids [C, K] and their log-probs, nats, detached."""
@@ -308,7 +315,7 @@ class Distribution(Policy):
     def _gap(self, teacher: Distribution) -> Tensor:
         """Log p - log q [C, V], detached; 0 at impossible ids once a KL was not finite."""
         if id(teacher) not in self._gaps:
-            offset_C1 = (self.normaliser_C - teacher.normaliser_C)[:, None]
+            offset_C1 = (self._wide_normaliser_C - teacher._wide_normaliser_C).to(self._plain_CV.dtype)[:, None]
             # Holding the teacher keeps its id from being given out again.
             self._gaps[id(teacher)] = (teacher, (self._plain_CV - teacher._plain_CV).sub_(offset_C1))
         return self._gaps[id(teacher)][1]
