@@ -48,11 +48,6 @@ PLOTS = (
         },
         smooth=False,
     ),
-    Curves(
-        "Student’s tail at contract positions",
-        "probability off the teacher’s first token",
-        {"contract_tail": "student’s", "contract_tail_boundary": "(1 - p) / c"},
-    ),
     *(Curves(*own) for own in OF_METHODS),
     Curves("Top-k in common", "share of the student’s k", {"overlap_ratio": "overlap"}, "share"),
     Curves(

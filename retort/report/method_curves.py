@@ -8,6 +8,12 @@ from retort.report.plots import Kind
 
 OF_METHODS: tuple[tuple[str, str, Mapping[str, str], Kind], ...] = (
     (
+        "Student’s tail at contract positions",
+        "probability off the teacher’s first token",
+        {"contract_tail": "student’s", "contract_tail_boundary": "(1 - p) / c"},
+        "number",
+    ),
+    (
         "Tokens that the teacher accepts",
         "share of tokens",
         {"accepted_fraction": "as drawn", "acceptance_probability": "expected: 1 less the total variation"},

@@ -145,7 +145,10 @@ class KillsOne:
 def test_a_run_learns_the_same_though_a_worker_is_killed_and_goes_on_without_any(
     model_folder: Any, prompts_file: Path, tmp_path: Path
 ) -> None:
-    settings = tiny_settings(model_folder, prompts_file) | {"eval": {"problems": 0}, "checkpoint": {"every": 1, "keep": 4}}
+    settings = tiny_settings(model_folder, prompts_file) | {
+        "eval": {"problems": 0},
+        "checkpoint": {"every": 1, "keep": 4},
+    }
     plain = runner.start(configuration.resolve(settings, {}), tmp_path / "plain").go()
     helped = {"rollout": {**settings["rollout"], "workers": 1}}
     killer = KillsOne()
