@@ -75,7 +75,8 @@ class Crew:
             LostError: An actor does not start.
         """
         self._reserve()
-        self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0).remote()
+        here = self._ray.get_runtime_context().get_node_id()
+        self._mailbox = self._mailbox_at(here)
         count, hangs = self._layout.ranks, self._config.cluster.hangs
         self._ranks = [self._actor(Rank, f"rank-{number}", number) for number in range(count)]
         self._services, lasting = services(self._config), {"max_restarts": -1, "max_task_retries": -1}
@@ -85,7 +86,6 @@ class Crew:
         ]
         found = self._got([actor.where.remote() for actor in self._ranks])
         # The first rank owns the folder, so it is the least likely to lose the driver.
-        here = self._ray.get_runtime_context().get_node_id()
         nodes = sorted(dict.fromkeys(where.node for where in found), key=lambda node: node != here)
         order = sorted(range(count), key=lambda number: (nodes.index(found[number].node), found[number].gpus, number))
         self._ranks, self._where = [self._ranks[number] for number in order], [found[number] for number in order]
@@ -174,6 +174,13 @@ class Crew:
     def _alive(self) -> set[str]:
         """Machines of the cluster, by what Ray calls them."""
         return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+
+    def _mailbox_at(self, node: str) -> Any:
+        """A mailbox on the driver's node: no other machine takes it with it."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
+
+        strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
+        return self._ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=strategy).remote()
 
     def _actor(self, kind: type, name: str, bundle: int, *arguments: Any, **options: Any) -> Any:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
