@@ -9,6 +9,7 @@
 # make envs   environments of other packages, which it installs into build/envs: some minutes (one is compiled)
 # make flow   pipelines of diffusers as flow models, with random weights; it installs diffusers into build/flow: some minutes
 # make engines   runs with a teacher behind real servers: vLLM (CPU), which it installs into build/engines, and retort serve: some minutes
+# make cluster   runs whose ranks and teacher Ray starts, on two nodes of this machine; it installs Ray into build/cluster: some minutes
 # make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
@@ -30,7 +31,7 @@ QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tes
           tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests ranks kernels quantized real envs flow engines docs gpu core dev clean
+.PHONY: help demo test quick slow lint types layers tests ranks kernels quantized real envs flow engines cluster docs gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -111,6 +112,11 @@ engines: $(VENV)/.engines
 	$(STAGE) 'pytest -m engines'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines tests/contracts/test_engine.py $(ARGS)
 
+# Ray brings processes of its own, and most runs need none of it, so it has an environment of its own.
+cluster: $(VENV)/.cluster
+	$(STAGE) 'pytest -m cluster'
+	@OMP_NUM_THREADS=1 build/cluster/bin/python -m pytest -m cluster tests/cluster $(ARGS)
+
 # Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
 docs: $(VENV)/.docs
 	$(STAGE) 'mkdocs build --strict'
@@ -175,6 +181,15 @@ $(VENV)/.engines: $(VENV)/.dev tests/engines/requirements.txt
 	  >"$$(build/engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	$(BIN)/python -m pip --python build/engines/bin/python install --quiet --disable-pip-version-check --no-deps \
 	  -r tests/engines/requirements.txt
+	@touch $@
+
+$(VENV)/.cluster: $(VENV)/.dev
+	rm -rf build/cluster
+	$(BIN)/python -m venv --without-pip build/cluster
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$(build/cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(BIN)/python -m pip --python build/cluster/bin/python install --quiet --disable-pip-version-check --no-deps \
+	  ray==2.60.0 msgpack==1.2.4
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core

@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import retort
 from retort.cli import descriptions
 from retort.cli.references import add_references
 from retort.cli.serving import add_serve
+from retort.cli.training import add_train, given, train
 from retort.errors import RetortError, UserError, did_you_mean, shortened, visible
 from retort.files import named, reason
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _arguments(words)
-        if "WORLD_SIZE" in os.environ and arguments.run is not _train:
+        if "WORLD_SIZE" in os.environ and arguments.run is not train:
             from retort.ranks import refuse_several
 
             refuse_several(words[0])
@@ -113,22 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"retort {retort.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    train = commands.add_parser(
-        "train", help="train a student; by default on the built-in task", description=descriptions.TRAIN
-    )
-    train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=descriptions.WORDS)
-    train.add_argument("--method", help="name of a method; `retort methods` lists them")
-    train.add_argument("--student", help="model folder or hub name")
-    train.add_argument("--teacher", help="model folder, hub name, or address of a server")
-    train.add_argument("--base", help="second frozen model of some methods; default: the student before training")
-    train.add_argument("--judge", metavar="URL|PATH", help="model that is asked in conversation (docs/judges.md)")
-    train.add_argument("--data", help="file, folder, glob or hub name (docs/data.md)")
-    train.add_argument("--cache", metavar="DIR", help="cache of the teacher's scores (docs/cache.md)")
-    train.add_argument("--out", help="folder of the run; default: a new one in runs/")
-    train.add_argument("--steps", type=int, help="number of steps; a step is one batch of rollouts")
-    train.add_argument("--seed", type=int, help="seed of all random numbers")
-    train.add_argument("--resume", metavar="DIR", help="continue a run: its folder (newest checkpoint) or a checkpoint")
-    train.set_defaults(run=_train)
+    add_train(commands)
 
     doctor = commands.add_parser(
         "doctor", help="check models and data before training", description=descriptions.DOCTOR
@@ -177,57 +163,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _given(arguments: argparse.Namespace, *names: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """The TOML files, the options of these names, and the words that a command was given."""
-    from retort import config
-
-    files = [word for word in arguments.words if word.endswith(".toml")]
-    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
-    flags: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    cache, judge = getattr(arguments, "cache", None), getattr(arguments, "judge", None)
-    flags |= {} if arguments.method is None else {"method": {"name": arguments.method}}
-    flags |= {} if cache is None else {"cache": {"dir": cache}}
-    flags |= {} if judge is None else {"judge": {"model": judge}}
-    return files, flags, pairs
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from retort import api, config, ranks
-    from retort.config.judge import changed_by
-    from retort.console.terminal import RichObserver, lasting_console, quiet_libraries
-    from retort.train import runner
-
-    files, flags, pairs = _given(arguments, "student", "teacher", "base", "data", "out", "steps", "seed")
-    quiet_libraries()
-    leads = ranks.join().leads
-    observer = RichObserver(lasting_console() if leads else Console(quiet=True))
-    try:
-        if arguments.resume is not None:
-            changed = changed_by(pairs, *(set(flags) - {"steps"}), *files)
-            observer.working("reading the run and loading its models")
-            run = runner.resume(named(arguments.resume), observer, steps=arguments.steps, changed=changed)
-        else:
-            settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
-            observer.working("reading the data and loading the models")
-            run = runner.start(settings, api.folder_of(settings), observer)
-            api.check(run)
-        run.go()
-    finally:
-        observer.close()
-    if not leads:
-        return 0
-    page = api.write_report(run.folder)
-    observer.console.print(
-        visible(f"model:  {run.folder / 'model'}") + "\n" + visible(f"report: {page}"),
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
-    return 0
-
-
 def _doctor(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -235,7 +170,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from retort.console.terminal import RichObserver, examination_table, quiet_libraries
     from retort.preflight.doctor import examine
 
-    files, flags, pairs = _given(arguments, "student", "teacher", "base", "data")
+    files, flags, pairs = given(arguments, "student", "teacher", "base", "data")
     quiet_libraries()
     settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
     RichObserver(Console(stderr=True)).working("loading the models and checking them")
@@ -262,7 +197,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from retort.cli.score import line, score
     from retort.console.terminal import RichObserver, quiet_libraries
 
-    files, flags, pairs = _given(arguments, "student", "teacher", "base", "data")
+    files, flags, pairs = given(arguments, "student", "teacher", "base", "data")
     quiet_libraries()
     settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
     observer = RichObserver(Console(stderr=True))
@@ -288,7 +223,9 @@ def _add_eval(judge: argparse.ArgumentParser) -> None:
     """Adds what `retort eval` is called with."""
     judge.add_argument("model", help="model folder, hub name, or a built-in model such as countdown:student")
     judge.add_argument("--data", help="data with answers, or tasks of an environment; default: the built-in task")
-    judge.add_argument("--env", metavar="NAME", help="environment to play in, see `retort envs`; or module:name")
+    judge.add_argument(
+        "--env", metavar="NAME", help="environment to play in, see `retort envs`; or module:name, or an address"
+    )
     judge.add_argument("--teacher", help="model to measure entropies and divergences against")
     judge.add_argument("--json", action="store_true", help="print JSON")
     judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, such as samples=16")

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from retort import registry
+from retort.config.cluster import ClusterSection
 from retort.config.flow import FlowSection
 from retort.config.judge import JudgeSection
 from retort.config.precedence import flat, leave_open, merge
@@ -176,6 +177,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     record: RecordSection = RecordSection()
     ranks: RanksSection = RanksSection()
+    cluster: ClusterSection = ClusterSection()
     server: ServerSection = ServerSection()
     teachers: TeachersSection = TeachersSection()
     cache: CacheSection = CacheSection()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,6 +64,18 @@ def blocks(core: Core, size: int, device: torch.device, begins_N: Tensor | None)
     return cuts(size, size if spread else block_rows(core.widest, device), begins_N)
 
 
+@cache
+def keep_freed_blocks() -> None:
+    """Has the allocator of a process keep what a block frees, for the next block.
+
+    glibc returns the end of its heap to the system once more than a little of it is free, and every block would fetch
+    its memory page by page again, which took longer than to compute on it. Its limit follows the largest piece that
+    was mapped and freed, up to 32 MiB, so one piece is made and freed, without touching its memory: see mallopt(3),
+    M_MMAP_THRESHOLD. Other allocators do not mind.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
 @dataclass(eq=False)
 class Pass:
     """The work of `Chunked`, forward and backward.
@@ -83,12 +96,12 @@ class Pass:
 
     def values(self, hidden_ND: Tensor, learns: bool) -> tuple[Tensor, dict[str, Tensor], set[str]]:
         """Returns the loss, all values, and the names of the values that depend on the student."""
-        products = self._products((False,) * 5)
+        products = self._products((False,) * 5, once=False)
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         all_values: dict[str, Tensor] = {}
         live: set[str] = set()
         for rows in self._chunks():
-            chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
+            chunk = Chunk(self.core, rows, *products.forward(hidden_ND[rows]))
             for span, values in chunk.values():
                 if self.loss is not None:
                     total += self.loss(values, span)
@@ -102,18 +115,21 @@ class Pass:
         self, hidden_ND: Tensor, needed: tuple[bool, ...], scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
     ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         """Returns all values, and the gradients of a scalar with respect to hidden states and head."""
-        products = self._products(needed)
+        chunks = self._chunks()
+        products = self._products(needed, once=len(chunks) == 1)
         all_values: dict[str, Tensor] = {}
         hidden: dict[str, Tensor] = {}
-        for rows in self._chunks():
-            chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
+        for rows in chunks:
+            chunk = Chunk(self.core, rows, *products.forward(hidden_ND[rows]))
             for span, values in chunk.backward(scalar):
                 _keep(all_values, values, span, self.core.count)
                 del values  # this also frees the block's graph, which holds the chunk's logits
-            of_hidden_CD = products.backward(chunk.product_CV, hidden_ND[rows])
+            gradient_CV = chunk.product_CV
+            del chunk  # and the teacher's logits with it, before a gradient of the head is made
+            of_hidden_CD = products.backward(gradient_CV, hidden_ND[rows])
             if of_hidden_CD is not None:
                 _keep(hidden, {"hidden": of_hidden_CD.to(hidden_ND.dtype)}, rows, self.core.count)
-            del chunk  # before the next one is made
+            del gradient_CV  # before the next one is made
         of_hidden_ND = hidden.get("hidden")
         if of_hidden_ND is not None and self.core.head is not None:
             of_hidden_ND = self.core.head.shard.sum(of_hidden_ND)
@@ -122,17 +138,20 @@ class Pass:
     def _chunks(self) -> list[slice]:
         return cuts(self.core.count, self.chunk, begins(self.core.signals.values()))
 
-    def _products(self, needed: tuple[bool, ...]) -> Products:
+    def _products(self, needed: tuple[bool, ...], *, once: bool) -> Products:
         assert self.core.head is not None
-        return Products(self.core.head, self.core.vocab, self.dtype, needed)
+        return Products(self.core.head, self.core.vocab, self.dtype, needed, once=once)
 
 
 class Chunk:
     """A chunk's logits, cut into blocks."""
 
-    def __init__(self, core: Core, rows: slice, product_CV: Tensor) -> None:
-        """Takes the steps `rows` of a core, and the product of their hidden states with the head."""
-        self.core, self.rows, self.product_CV = core, rows, product_CV
+    def __init__(self, core: Core, rows: slice, product_CV: Tensor, rest_CV: Tensor | None = None) -> None:
+        """Takes the steps `rows` of a core, the product of their hidden states with the head, and its rounding error.
+
+        The product is `product_CV + rest_CV` where there is a rest (`Products.forward`).
+        """
+        self.core, self.rows, self.product_CV, self.rest_CV = core, rows, product_CV, rest_CV
         self.steps = core.steps.select(rows)
         self.signals = {name: signal.precomputed(rows, core.vocab) for name, signal in core.signals.items()}
         self.begins_C = begins(self.signals.values())
@@ -141,7 +160,7 @@ class Chunk:
     def values(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Yields each block's slice of N and its values."""
         for cut in self.cuts:
-            yield self._span(cut), self.core.evaluate(self.product_CV[cut], self.steps, self.signals, cut)
+            yield self._span(cut), self.core.evaluate(self._product(cut), self.steps, self.signals, cut)
 
     def live(self) -> set[str]:
         """Names of the values that have a gradient, found on one step or unit."""
@@ -164,9 +183,13 @@ class Chunk:
             del values, leaf_CV, total
 
     def _evaluate(self, cut: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        leaf_CV = as_compute(self.product_CV[cut]).detach().requires_grad_()
+        leaf_CV = self._product(cut).detach().requires_grad_()
         with torch.enable_grad():
             return leaf_CV, self.core.evaluate(leaf_CV, self.steps, self.signals, cut)
+
+    def _product(self, cut: slice) -> Tensor:
+        product_CV = as_compute(self.product_CV[cut])
+        return product_CV if self.rest_CV is None else product_CV.add_(self.rest_CV[cut])
 
     def _span(self, cut: slice) -> slice:
         return slice(self.rows.start + cut.start, self.rows.start + cut.stop)
@@ -180,6 +203,7 @@ class Chunked(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.gradients = pass_, None
         needed = tuple(bool(flag) for flag in ctx.needs_input_grad[1:])
+        keep_freed_blocks()
         with torch.autocast(hidden_ND.device.type, enabled=False):
             if pass_.loss is not None and any(needed):
                 total, values, ctx.gradients, live = _at_once(pass_, hidden_ND, needed)

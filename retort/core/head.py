@@ -13,6 +13,8 @@ from retort.core.distribution import WHOLE, Shard
 
 #: Least number of elements of a weight whose fp32 products on a CPU go through oneDNN.
 ONEDNN_ELEMENTS = 2**22
+#: Elements of a part's gradient that are added at once, where the products are narrower than their sum.
+SLAB_ELEMENTS = 2**22
 
 
 def linear(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
@@ -35,6 +37,11 @@ def linear(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -
         return functional.linear(hidden_CD, weight_VD, bias_V)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_CD, weight_VD, bias_V, "none", [], "")
     return product
+
+
+def rounds(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of this dtype come out rounded to fewer bits than fp32, and a second product gives the rest."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +132,9 @@ class Products:
     pass. Here a chunk's logits are overwritten by their own gradient, and the head's gradient is one buffer.
     """
 
-    def __init__(self, head: Head, vocab: int, dtype: torch.dtype, needed: tuple[bool, ...]) -> None:
+    def __init__(
+        self, head: Head, vocab: int, dtype: torch.dtype, needed: tuple[bool, ...], *, once: bool = False
+    ) -> None:
         """Prepares products of the first `vocab` rows, computed in `dtype`.
 
         Args:
@@ -133,6 +142,7 @@ class Products:
             vocab: Number of rows that count.
             dtype: Dtype of the products; parts are cast to it once.
             needed: Which gradients to compute: hidden states, weight, bias, the adapter's down, its up.
+            once: Whether there is a single chunk, so that no gradient is a sum over chunks.
         """
         weight, bias, down, up = (None if part is None else part.detach() for part in head.parts)
         assert weight is not None
@@ -143,17 +153,35 @@ class Products:
         self.scaling = 1.0 if head.adapter is None else head.adapter.scaling
         self.needed = needed
         self.dtype = dtype
+        self._once = once
         self._shapes = [None if part is None else (part.shape, part.dtype) for part in head.parts]
         self._vocab = vocab
         self._sums: dict[int, Tensor] = {}
 
-    def forward(self, hidden_CD: Tensor) -> Tensor:
-        """The product [C, V], before the family's scale and soft-cap."""
+    def forward(self, hidden_CD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product [C, V], before the family's scale and soft-cap, and what is missing from it, if anything is.
+
+        Where a CPU computes in fewer bits than fp32, a product is rounded once it is summed, and softmaxes of rounded
+        logits are where most of the error of a gradient comes from. PyTorch has no product there with a wider result.
+        So the product is computed once more, less its rounded value, which is subtracted before the rounding. The sum
+        of both has twice the digits.
+        """
         hidden_CD = hidden_CD.to(self.dtype)
-        product_CV = linear(hidden_CD, self.weight_VD, self.bias_V)
+        if not rounds(self.dtype, hidden_CD.device):
+            product_CV = linear(hidden_CD, self.weight_VD, self.bias_V)
+            self._adapt(product_CV, hidden_CD)
+            return product_CV, None
+        product_CV = hidden_CD @ self.weight_VD.t()
+        rest_CV = torch.addmm(product_CV, hidden_CD, self.weight_VD.t(), beta=-1)
+        if self.bias_V is not None:
+            rest_CV += self.bias_V
+        self._adapt(rest_CV, hidden_CD)
+        return product_CV, rest_CV
+
+    def _adapt(self, product_CV: Tensor, hidden_CD: Tensor) -> None:
+        """Adds the adapter's part in place."""
         if self.down_QD is not None and self.up_VQ is not None:
             product_CV.addmm_(hidden_CD @ self.down_QD.t(), self.up_VQ.t(), alpha=self.scaling)
-        return product_CV
 
     def backward(self, gradient_CV: Tensor, hidden_CD: Tensor) -> Tensor | None:
         """Adds to the gradients of the parts; returns the gradient of the hidden states, if it is needed."""
@@ -177,25 +205,36 @@ class Products:
         return found_CD
 
     def _add(self, part: int, left: Tensor, right: Tensor) -> None:
-        """Adds the product of two matrices to the sum of a part, in fp32 or better over several chunks."""
-        if part not in self._sums:
-            shape = self._shapes[part]
-            assert shape is not None
-            of_vocab = part != 2
-            rows = self._vocab if of_vocab else left.shape[0]
-            wide = (shape[0][0], right.shape[1])
-            exact = torch.float64 if self.dtype == torch.float64 else torch.float32
-            total = torch.empty(wide, dtype=exact, device=left.device)
-            total[rows:].zero_()
-            if exact == self.dtype:
-                torch.mm(left, right, out=total[:rows])
+        """Adds the product of two matrices to the sum of a part, in fp32 or better if there are several chunks."""
+        rows = left.shape[0]
+        first = part not in self._sums
+        if first:
+            self._sums[part] = self._new_sum(part, rows, right)
+        total = self._sums[part][:rows]
+        if self.dtype == total.dtype:
+            if first:
+                torch.mm(left, right, out=total)
             else:
-                total[:rows] = left @ right
-            self._sums[part] = total
-        elif self.dtype == self._sums[part].dtype:
-            self._sums[part][: left.shape[0]].addmm_(left, right)
-        else:
-            self._sums[part][: left.shape[0]] += left @ right
+                total.addmm_(left, right)
+            return
+        slab = max(1, SLAB_ELEMENTS // right.shape[1])
+        for start in range(0, rows, slab):  # a product of the whole part would need half of its sum once more
+            found = left[start : start + slab] @ right
+            if first:
+                total[start : start + slab] = found
+            else:
+                total[start : start + slab] += found
+
+    def _new_sum(self, part: int, rows: int, right: Tensor) -> Tensor:
+        """Memory for a part's gradient; rows that no product reaches are 0."""
+        shape = self._shapes[part]
+        assert shape is not None
+        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self._once and shape[1] == self.dtype:
+            exact = self.dtype
+        total = torch.empty((shape[0][0], right.shape[1]), dtype=exact, device=right.device)
+        total[rows:].zero_()
+        return total
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Gradients of weight, bias, down and up, each in the dtype of its part; None where it is not needed."""

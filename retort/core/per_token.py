@@ -20,6 +20,7 @@ from torch import Tensor
 
 from retort.core.chunked import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Chunked, Pass, block_rows, chunk_rows, cuts
 from retort.core.definition import Core
+from retort.core.head import rounds
 from retort.core.signals import SignalRows, TeacherSignal
 
 __all__ = ["BLOCK_ELEMENTS", "CHUNK_ELEMENTS", "Core", "chunk_rows", "in_blocks", "loss_pass", "per_token"]
@@ -43,7 +44,8 @@ def per_token(core: Core, hidden_ND: Tensor, *, chunk: int | None = None) -> dic
     Args:
         core: The function to evaluate.
         hidden_ND: The student's hidden states, or its logits.
-        chunk: Steps per chunk; None chooses. If it is N or more, this is `Core.dense`.
+        chunk: Steps per chunk; None chooses. If it is N or more, this is `Core.dense`, unless a CPU multiplies in fewer
+            bits than fp32: then logits are made more exactly than there.
 
     Returns:
         Named values [N], differentiable in the hidden states and in the head's parts.
@@ -83,10 +85,12 @@ def _run(
     for signal in core.signals.values():
         signal.check_tokens(core.steps.tokens_N)
     small = core.count <= chunk if chunk else core.count * core.widest <= DENSE_ELEMENTS
-    if core.head is None or core.count == 0 or (small and not core.head.shard.spread):
+    dtype = _product_dtype(hidden_ND)
+    plain = core.head is not None and not core.head.shard.spread and not rounds(dtype, hidden_ND.device)
+    if core.head is None or core.count == 0 or (small and plain):
         values = core.dense(hidden_ND)
         return (None if loss is None else loss(values, slice(0, core.count))), values
-    pass_ = Pass(core, loss, chunk or chunk_rows(core.widest, hidden_ND.device), _product_dtype(hidden_ND))
+    pass_ = Pass(core, loss, chunk or chunk_rows(core.widest, hidden_ND.device), dtype)
     total, *found = Chunked.apply(pass_, hidden_ND, *core.head.parts)  # pyright: ignore[reportGeneralTypeIssues]
     return (None if loss is None else total), dict(zip(pass_.names, found, strict=True))
 

@@ -1,7 +1,7 @@
 """Kullback-Leibler divergences, exact or on the teacher's top-k. Axis letters: see `retort.core`.
 
 The exact ones only forward to `Distribution.reverse_kl` and `Distribution.forward_kl` in `retort/core/distribution.py`:
-the gradients are there, and the values in `_compare`, which they call. `retort.kernels` computes the same numbers on a
+the gradients are there, and the values in `_kl`, which they call. `retort.kernels` computes the same numbers on a
 GPU. `kl_values` below is the definition, on log-probs, that the tests hold them to.
 """
 

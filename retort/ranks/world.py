@@ -23,6 +23,8 @@ from retort.errors import RetortError, RunError, UserError
 
 T = TypeVar("T")
 
+#: Variable of a process that Ray started: what `--cluster` was given.
+CLUSTER = "RETORT_CLUSTER"
 #: How long a rank waits for the others. One that was killed is noticed at once; this is for one that hangs.
 TIMEOUT = timedelta(minutes=60)
 #: What torchrun tells every process that it starts.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -28,7 +29,7 @@ from retort.errors import UserError, quoted
 from retort.files import parse_object, reason, write_bytes
 from retort.flows.base import VelocityModel
 from retort.models.in_memory import InMemoryModel
-from retort.ranks import here, local_size
+from retort.ranks import CLUSTER, here, local_size
 from retort.rewards.base import Grader
 from retort.rewards.user import IN_MEMORY, UserGrading, imported, is_user_defined, name_of, user_grader
 from retort.train.given.arguments import path_argument
@@ -208,16 +209,19 @@ def going_on(config: Config, folder: Path, example: str = "(model, tokenizer)") 
     again += ["method=..."] if config.own_method else []
     again += ["verifier=..."] if str(config.task or "").startswith(IN_MEMORY) else []
     if not again:
-        return f"{_command()} train --resume {folder}"
+        return f"{_command()} --resume {folder}"
     return f"retort.distill(resume={str(folder)!r}, {', '.join(again)}), with the same objects"
 
 
 def _command() -> str:
-    """The command as this process was started: by itself, or by torchrun with its fellows."""
+    """The command as this process was started: by itself, or with its fellows by Ray or torchrun."""
+    cluster = os.environ.get(CLUSTER)
+    if cluster is not None:
+        return f"retort train --cluster {cluster}"
     if here().size == 1:
-        return "retort"
+        return "retort train"
     machines = "" if local_size() == here().size else "... "
-    return f"torchrun {machines}--nproc-per-node {local_size()} -m retort"
+    return f"torchrun {machines}--nproc-per-node {local_size()} -m retort train"
 
 
 def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -> tuple[dict[str, Any], CallerObjects]:

@@ -25,12 +25,12 @@ from retort.train.setup.prepare import Prepared
 #: Settings that do not change what is learnt or evaluated; paths, because their content counts.
 FREE = (
     *(*SHORTHANDS, "models", "data", "eval.data", "out"),
-    *("steps", "tracker", "checks", "checkpoint", "record", "server", "cache"),
+    *("steps", "tracker", "checks", "checkpoint", "record", "server", "cache", "cluster"),
     # Whose answers count is in the record of them; the form of the questions is not free.
     *(f"judge.{name}" for name in ("model", "name", "key", "timeout", "patience", "requests", "replay")),
     *("judge.budget_calls", "judge.budget_tokens", "judge.budget_money", "judge.price_prompt"),
     "judge.price_completion",
-    *("rollout.vllm_python", "rollout.vllm_options", "rollout.noise_bound"),
+    *("rollout.vllm_python", "rollout.vllm_options", "rollout.noise_bound", "rollout.worker_timeout"),
 )
 #: Settings that change rounding at most.
 ROUNDING = (
@@ -38,6 +38,7 @@ ROUNDING = (
     "attention",
     "threads",
     "rollout.parallel",
+    "rollout.workers",
     "optimizer.batch_tokens",
     "optimizer.gradient_checkpointing",
 )
