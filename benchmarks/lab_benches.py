@@ -301,6 +301,7 @@ _GROWS = "one more turn every batch, so that the last half of the run has the wh
 _AGENTS: Mapping[str, Entry] = {
     "reward alone": Entry("sod", {"coef": 0.0}, "`sod` with a weight of 0 for the teacher, which is GRPO"),
     "opd": Entry("opd"),
+    "eopd": Entry("eopd", {"top_k": 8}, "top-8 of 59 ids; the paper's top-16 is of 150,000"),
     "tcod, forward": Entry("tcod", {"curriculum": "forward", "every": 1}, _GROWS),
     "tcod, backward": Entry("tcod", {"curriculum": "backward", "every": 1}, "one more turn every batch"),
     "reopd": Entry("reopd", {}, "one turn an episode, so that it learns from far fewer tokens"),
@@ -382,15 +383,15 @@ _BEYOND: Mapping[str, Entry] = {
     "resopd": Entry("resopd"),
     "tropd": Entry("tropd", {"top_k": 8}, "top-8 of 266 ids; the paper's top-64 is of 150,000"),
     "tropd, refused left out": Entry("tropd", {"forward_coef": 0.0}, "refused tokens teach nothing"),
-    "topd": Entry("topd", {}, "one pass over each batch"),
-    "topd, token reward": Entry(
-        "topd", {"returns": "token", "normalise": False}, "the bounded reward alone, without returns and normaliser"
-    ),
-    "topd, three passes": Entry(
+    "topd": Entry("topd", {}, "one update of each batch, as all others; 4 rollouts a prompt, not 8"),
+    "topd, sixteen updates": Entry(
         "topd",
         {},
-        "three passes over each batch, which is three times the work",
-        run={"optimizer": {**_COUNTDOWN["optimizer"], "epochs": 3}},
+        "a batch in sixteen parts with an update each, as the paper has it",
+        run={"optimizer": {**_COUNTDOWN["optimizer"], "updates": 16}},
+    ),
+    "topd, token reward": Entry(
+        "topd", {"returns": "token", "normalise": False}, "the bounded reward alone, without returns and normaliser"
     ),
     "opd2": Entry(
         "opd2",
@@ -408,11 +409,14 @@ _BEYOND: Mapping[str, Entry] = {
     "w2s_opd": Entry(
         "w2s_opd",
         {},
-        "no teacher: a pair of models weaker than the student, one after further training of the other",
+        "no teacher: two smaller models, one after further training, with which it is ahead of the student before",
         weaker=_WEAK_PAIR,
     ),
-    "lgr": Entry("lgr", {}, "looks ahead above an entropy of 1 nat"),
-    "lgr, threshold 0.5": Entry("lgr", {"entropy_threshold": 0.5}, "looks ahead above an entropy of 0.5 nats"),
+    "lgr": Entry("lgr"),
+    "lgr, threshold 0.5": Entry(
+        "lgr", {"top_k": 4, "entropy_threshold": 0.5}, "four ids, above an entropy of 0.5 nats"
+    ),
+    "lgr, threshold 1": Entry("lgr", {"top_k": 4, "entropy_threshold": 1.0}, "four ids, above an entropy of 1 nat"),
     "w2s_opd, alpha 0.3": Entry("w2s_opd", {"alpha": 0.3}, "likewise, a third of the difference", weaker=_WEAK_PAIR),
 }
 #: The newer methods on the first bench's task; the variance of whole gradients is measured at every tenth batch.

@@ -64,6 +64,8 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
         "![avg@8 against tokens learnt from, one panel per method](images/lab-beyond-accuracy.svg)",
         "![pass@k after training, one panel per method](images/lab-beyond-pass-at-k.svg)",
         "![own entropy against the step, one panel per method](images/lab-beyond-entropy.svg)",
+        "[What this says about the papers](lab-notes.md#newer-methods) is on a page of its own, with the noise of "
+        "`resopd` at each token along runs. `reopd` needs episodes and is in the [lab of agents](lab-agents.md).",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -33,7 +33,7 @@ from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
 
-ROLLOUTS, K = 4, 4
+ROLLOUTS, K = 4, 8
 
 
 def teacher(folder: Path) -> LocalTeacher:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retort import config as configuration
-from retort.config.judge import RAISED
 from retort.config.precedence import flat
+from retort.config.resumed import CHANGED
 from retort.config.sections import shorthands
 from retort.console.progress import quiet_bars, watching
 from retort.errors import UserError
@@ -92,8 +92,8 @@ def distill(
             setting that contradicts an argument is refused.
         callbacks: Objects with methods of `retort.Callback`, called in this order.
         resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides, a
-            higher budget (`settings={"judge": {"budget_calls": 500}}`), callbacks, and again what was an object before:
-            `method`, models, `verifier`.
+            higher budget (`settings={"judge": {"budget_calls": 500}}`), other workers, callbacks, and again what was an
+            object before: `method`, models, `verifier`.
         observer: Receives progress, notes and tables, instead of what is printed by default.
         quiet: Print nothing. By default a run says on standard error what it does, in a notebook below the cell.
 
@@ -118,7 +118,7 @@ def distill(
     with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
         if path is not None:
             changed = flat(more)
-            _only_objects(flags, caller_objects, set(changed) - set(RAISED))
+            _only_objects(flags, caller_objects, set(changed) - set(CHANGED))
             given = {"steps": steps, "changed": changed, "method": own, "caller_objects": caller_objects}
             run = runner.resume(Path(path), watcher, **given)
         else:
@@ -208,7 +208,7 @@ def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, setti
     if others or settings:
         raise UserError(
             "resume goes on with the settings of the run; only steps may be given besides, a budget "
-            "(judge.budget_calls, _tokens or _money), and again what was given as an object "
+            "(judge.budget_calls, _tokens or _money), rollout.workers, and again what was given as an object "
             f"({(others or ['settings'])[0]} is neither)"
         )
 

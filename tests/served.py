@@ -89,6 +89,44 @@ class Process:
         self.process.join()
 
 
+class Played:
+    """A process that serves an environment, by `again` at the same port once more."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.start(0)
+
+    def start(self, port: int) -> None:
+        """Starts it."""
+        (self.folder / "port").unlink(missing_ok=True)
+        self.process = forked.started(play, self.folder, self.name, port)
+        while not (self.folder / "port").exists():
+            assert self.process.exitcode is None
+            time.sleep(0.02)
+        self.port = int((self.folder / "port").read_text())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def again(self) -> None:
+        """Ends it by signal 9, if it lives, and starts it at the same port."""
+        self.end()
+        self.start(self.port)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def play(folder: Path, name: str, port: int) -> None:
+    """Serves an environment, as `retort serve` does; its port is in a file once it answers."""
+    from retort.serve.command import serve
+
+    def listening(own: int) -> None:
+        (folder / "new").write_text(str(own))
+        (folder / "new").rename(folder / "port")
+
+    serve(f"env:{name}", port=port, say=lambda text: None, listening=listening)
+
+
 class Judge:
     """A process with the judge by rules of Countdown, as a user starts it; it is none of the ranks that need it."""
 

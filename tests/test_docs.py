@@ -38,7 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("log", "methods", "real", "settings")),
+    *(f"docs/{name}.md" for name in ("cluster-sim", "log", "methods", "real", "settings")),
     *(f"docs/lab/lab-{name}.md" for name in ("glyphs", "plane", "beyond")),
     *(
         f"docs/lab/{name}.md"

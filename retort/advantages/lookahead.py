@@ -20,7 +20,7 @@ def lookahead_need(k: int, above: float) -> Need:
     return Need("lookahead", k, ids_of="student", above=above)
 
 
-def lookahead_reward(k: int = 4, above: float = 1.0) -> Quantity:
+def lookahead_reward(k: int = 8, above: float = 0.2) -> Quantity:
     r"""How sure the teacher is after the sampled token, among the student's k most likely: :math:`(c_y - \bar c) / s`.
 
     c is the teacher's largest probability one token later; mean and deviation (of the population, plus 1e-6) are over
@@ -54,7 +54,7 @@ def lookahead_reward(k: int = 4, above: float = 1.0) -> Quantity:
     )
 
 
-def log_ratio_and_lookahead(coef: float, k: int = 4, above: float = 1.0) -> Advantage:
+def log_ratio_and_lookahead(coef: float, k: int = 8, above: float = 0.2) -> Advantage:
     """The log-ratio plus `coef` times `lookahead_reward`; the log-ratio alone, which looks nowhere, at 0."""
     if coef == 0.0:
         return log_ratio()

@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from retort.advantages.outcome import group_means, members
 from retort.core.context import Context
 from retort.core.needs import SAMPLED
 from retort.core.parts import Advantage, Quantity, Stat
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 
-Return = Literal["token", "mean"]
+Return = Literal["token", "future"]
 
 
 def proximal_log_ratio(teacher_weight: float) -> Quantity:
@@ -40,24 +41,24 @@ def proximal_log_ratio(teacher_weight: float) -> Quantity:
     return Quantity(f"proximal_log_ratio({teacher_weight:g})", value, frozenset({SAMPLED}))
 
 
-def proximal_return(teacher_weight: float, returns: Return = "mean", *, normalise: bool = True) -> Advantage:
-    r"""What follows of `proximal_log_ratio` in a completion, per token, and if wanted normalised over the batch.
+def proximal_return(teacher_weight: float, returns: Return = "future", *, normalise: bool = True) -> Advantage:
+    r"""What a token earns of `proximal_log_ratio` and what follows it, if wanted normalised among its prompt's.
 
     Args:
         teacher_weight: alpha.
-        returns: `token` is the ratio of the token alone; `mean` is the mean over it and all that follow in its rollout.
-        normalise: Subtract the mean over the steps of the batch, and divide by their deviation plus 1e-6.
+        returns: `token` is the ratio of the token alone; `future` adds the mean over all that follow it in its rollout.
+        normalise: Subtract the mean over the steps of the group (of the batch, where groups are not known), and divide
+            by their deviation plus 1e-6.
     """
     inner = proximal_log_ratio(teacher_weight)
     if returns == "token" and not normalise:
         return Advantage(inner.name, inner.value, inner.needs)
 
     def finish(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
-        found_N = values_N.double() if returns == "token" else following_mean(values_N.double(), steps)
-        if not normalise:
-            return found_N
-        apart_N = found_N - found_N.mean()
-        return apart_N / (apart_N.square().mean().sqrt() + 1e-6)
+        found_N = values_N.double()
+        if returns == "future":
+            found_N = found_N + following_mean(found_N, steps)
+        return among_siblings(found_N, steps) if normalise else found_N
 
     def once(context: Context, view: str) -> Tensor:
         return context.signal(view).first_only(inner.value(context, view))
@@ -71,14 +72,23 @@ def proximal_return(teacher_weight: float, returns: Return = "mean", *, normalis
     return Advantage(name, value, inner.needs, stats=(stat,))
 
 
+def among_siblings(values_N: Tensor, steps: Steps) -> Tensor:
+    """The values less their mean over all steps of a group, in deviations (of the population, plus 1e-6), [N]."""
+    rollouts = steps.rollouts()
+    group_N = members(rollouts, "group")[rollouts.number_N]
+    apart_N = values_N - group_means(values_N, group_N)
+    return apart_N / (group_means(apart_N.square(), group_N).sqrt() + 1e-6)
+
+
 def following_mean(values_N: Tensor, steps: Steps) -> Tensor:
-    """The mean of the values of each step and of those after it in its rollout, [N]."""
+    """The mean of the values of the steps after each one in its rollout, 0 after the last, [N]."""
     rollouts = steps.rollouts()
     order_N = torch.argsort(steps.position_N, stable=True)
     order_N = order_N[torch.argsort(rollouts.number_N[order_N], stable=True)]
     sorted_N, number_N = values_N[order_N], rollouts.number_N[order_N]
     ends_R = rollouts.steps_R.cumsum(0)
     summed_N = sorted_N.cumsum(0)
-    rest_N = summed_N[ends_R - 1][number_N] - summed_N + sorted_N
-    left_N = ends_R[number_N] - torch.arange(len(sorted_N), device=sorted_N.device)
-    return torch.empty_like(values_N).index_copy_(0, order_N, rest_N / left_N)
+    rest_N = summed_N[ends_R - 1][number_N] - summed_N
+    left_N = ends_R[number_N] - torch.arange(1, len(sorted_N) + 1, device=sorted_N.device)
+    means_N = torch.where(left_N > 0, rest_N / left_N.clamp_min(1), 0.0)
+    return torch.empty_like(values_N).index_copy_(0, order_N, means_N)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from retort.align.encode import Spelt, filled, ordinary, spelt, split_open
+from retort.align.encode import Spelt, encoded_alone, filled, ordinary, spelt, split_open
 from retort.align.images import ImageTokens, context_of
 from retort.align.turns import changed, conversation, inner_texts, unshown, with_inner
 from retort.core.rollouts import Message, Prompt
@@ -321,8 +321,9 @@ def _templated(
 def _bare(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, control: bool = False) -> list[int]:
     try:
         text_only = not control and bool(spelt(prompt.text, tokenizer))
-        bare = tokenizer.encode(prompt.text, add_special_tokens=False) if control else ordinary(prompt.text, tokenizer)
-        ids = list(tokenizer.encode(prompt.text, add_special_tokens=True, split_special_tokens=text_only))
+        text, plain = prompt.text, {"add_special_tokens": False}
+        bare = encoded_alone(tokenizer, text, **plain) if control else ordinary(text, tokenizer)
+        ids = encoded_alone(tokenizer, text, add_special_tokens=True, split_special_tokens=text_only)
     except Spelt:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception

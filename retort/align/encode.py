@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -13,8 +14,10 @@ from retort.core.images import PLACEHOLDER
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Spelt", "ordinary", "response_ids", "spelt", "split_open"]
+__all__ = ["ENCODING", "Spelt", "encoded_alone", "ordinary", "response_ids", "spelt", "split_open"]
 
+#: Held while a tokenizer encodes, see `encoded_alone`.
+ENCODING = threading.RLock()
 #: Texts to put before a response while it is encoded, where it cannot be encoded alone.
 _ANCHORS = ("\n", "a", ":", "\u00e9")
 #: Ids of a prompt's end that are decoded with a response, to check that nothing comes between them.
@@ -62,6 +65,21 @@ def split_open(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
+def encoded_alone(tokenizer: PreTrainedTokenizerBase, text: str, **settings: Any) -> list[int]:
+    """The ids of a text, while no other thread encodes.
+
+    Whether a text's control tokens count is a state of the tokenizer that a call sets for itself: with two threads, one
+    would encode as the other asked.
+
+    Args:
+        tokenizer: Any.
+        text: The text.
+        settings: Of the tokenizer's `encode`.
+    """
+    with ENCODING:
+        return list(tokenizer.encode(text, **settings))
+
+
 def ordinary(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a text alone, without control tokens whatever it spells.
 
@@ -70,8 +88,8 @@ def ordinary(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     names = spelt(text, tokenizer)
     if not names:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return encoded_alone(tokenizer, text, add_special_tokens=False)
+    ids = encoded_alone(tokenizer, text, add_special_tokens=False, split_special_tokens=True)
     tokens, unknown = control_tokens(tokenizer), tokenizer.unk_token
     if {tokens[name] for name in names if name != unknown} & set(ids):
         raise Spelt(names[0])
@@ -98,7 +116,7 @@ def filled(
     pattern = _pattern(tokenizer)
     names = list(dict.fromkeys(name for content in contents for name in spelt(content, tokenizer)))
     if pattern is None or not names:
-        return list(tokenizer.encode(template(contents), add_special_tokens=False))
+        return encoded_alone(tokenizer, template(contents), add_special_tokens=False)
     if any(_MARK in content for content in contents):
         raise Spelt(names[0])
     marks = {name: f"{_MARK}{chr(_FIRST + offset)}" for offset, name in enumerate(names)}
@@ -125,7 +143,7 @@ def filled(
         return ids
 
     harmless = pieces(lambda name: split_open(name, tokenizer))
-    whole = list(tokenizer.encode("".join(text for _, text in harmless), add_special_tokens=False))
+    whole = encoded_alone(tokenizer, "".join(text for _, text in harmless), add_special_tokens=False)
     for anchor in ("", *_ANCHORS):  # with an anchor before it, a piece gets no blank of its own
         if encoded(harmless, anchor) == whole:
             return encoded(pieces(lambda name: name), anchor)

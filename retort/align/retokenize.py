@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from retort.align.encode import Spelt, ordinary, spelt
+from retort.align.encode import ENCODING, Spelt, ordinary, spelt
 from retort.align.pieces import inner_pieces, piece_table, unknown_token
 from retort.errors import SignalError, visible
 
@@ -151,12 +151,13 @@ def _by_offsets(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> R
     if not tokenizer.is_fast:
         return None
     both = anchor + text
-    encoded: Any = tokenizer(
-        both,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        split_special_tokens=bool(spelt(both, tokenizer)),
-    )
+    with ENCODING:
+        encoded: Any = tokenizer(
+            both,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            split_special_tokens=bool(spelt(both, tokenizer)),
+        )
     expected = _plain(both, tokenizer)
     ids, spans = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
     added = next((at for at in range(len(ids) - len(expected) + 1) if ids[at : at + len(expected)] == expected), None)

@@ -223,7 +223,9 @@ def _add_eval(judge: argparse.ArgumentParser) -> None:
     """Adds what `retort eval` is called with."""
     judge.add_argument("model", help="model folder, hub name, or a built-in model such as countdown:student")
     judge.add_argument("--data", help="data with answers, or tasks of an environment; default: the built-in task")
-    judge.add_argument("--env", metavar="NAME", help="environment to play in, see `retort envs`; or module:name")
+    judge.add_argument(
+        "--env", metavar="NAME", help="environment to play in, see `retort envs`; or module:name, or an address"
+    )
     judge.add_argument("--teacher", help="model to measure entropies and divergences against")
     judge.add_argument("--json", action="store_true", help="print JSON")
     judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, such as samples=16")

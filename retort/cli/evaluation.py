@@ -13,6 +13,7 @@ from retort.align.chat import Renderer
 from retort.align.tokens import vocabulary_width
 from retort.cli.flow_evaluation import evaluate_flow, is_flow_model
 from retort.config import Config
+from retort.config.clients import environment_client
 from retort.config.flow import FlowSection
 from retort.config.synonyms import ours_for
 from retort.envs.registry import rewards
@@ -88,7 +89,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
             observer.note(note)
         return evaluate_flow(config, model, prompts, teacher, observer)
     own, played = data not in configuration.BUILTIN, config.environment
-    if played is not None and (is_user_defined(config.task) or not rewards(played)):
+    if played is not None and (is_user_defined(config.task) or not rewards(played, environment_client(config.server))):
         played = None
     notes += repeats(prompts, "rows of the data") if own else []
     task = config.task if own or is_user_defined(config.task) else data

@@ -112,7 +112,7 @@ def _job(arguments: argparse.Namespace) -> Any:
     """
     from retort import config
     from retort.cluster.job import Job
-    from retort.config.judge import changed_by
+    from retort.config.resumed import changed_by
 
     files, flags, pairs = given(arguments, "student", "teacher", "base", "data", "out", "steps", "seed")
     if arguments.resume is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,14 @@ from retort.cluster import guard
 from retort.cluster.connect import connected
 from retort.cluster.crew import Crew, LostError
 from retort.cluster.job import Job, Watcher
-from retort.cluster.resources import Machine, layout
+from retort.cluster.resources import Layout, Machine, layout
 from retort.config import Config
+from retort.config.resumed import resumed
+from retort.envs.elsewhere import addresses
 from retort.errors import RunError, UserError
 from retort.files import named
 from retort.train.storage import checkpoint
+from retort.train.storage.folder import refuse_held
 from retort.wire import is_url
 
 #: Seconds between two looks at the actors.
@@ -78,7 +82,7 @@ class Plan:
 
         if job.resume is not None:
             folder, _ = checkpoint.find(named(job.resume))
-            config = configuration.read_json(folder / "config.json")
+            config = resumed(configuration.read_json(folder / "config.json"), job.changed)
             again = {**config.cluster.model_dump(), **cluster}
             config = config.model_copy(update={"cluster": configuration.resolve({"cluster": again}).cluster})
         else:
@@ -96,7 +100,7 @@ class Plan:
         return f"go on with: retort train --cluster {self.given} --resume {self.folder}"
 
     def check(self) -> None:
-        """Refuses servers of a teacher that there is not.
+        """Refuses servers of a teacher, or of an environment, that there is not.
 
         Raises:
             UserError: That.
@@ -115,6 +119,13 @@ class Plan:
             problem = "ranks.teacher = sharded has the ranks hold it"
         if problem is not None:
             raise UserError(f"cluster.teachers = {count} asks for servers of `teacher`, and {problem}; set it to 0")
+        played = config.environment
+        if config.cluster.environments and (played is None or addresses(played)):
+            problem = "this run has none" if played is None else f"{played} is a server already"
+            raise UserError(
+                f"cluster.environments = {config.cluster.environments} asks for servers of the environment, and "
+                f"{problem}; set it to 0"
+            )
 
 
 class Drive:
@@ -122,9 +133,7 @@ class Drive:
 
     def __init__(self, ray: Any, plan: Plan, observer: Watcher, show: Callable[[str], Any]) -> None:
         self._ray, self._plan, self._observer, self._show = ray, plan, observer, show
-        nodes = [node["Resources"] | {"host": node["NodeManagerAddress"]} for node in ray.nodes() if node["Alive"]]
-        machines = [Machine(node["host"], node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
-        self.layout = layout(plan.config, machines)
+        self.layout = self._laid_out()
 
     def go(self, job: Job) -> None:
         """Makes the run to its end.
@@ -138,7 +147,8 @@ class Drive:
         while True:
             guard.advise(plan.advice)
             try:
-                return self._once(job)
+                with self._advising() if tries else contextlib.nullcontext():
+                    return self._once(job)
             except LostError as error:
                 tries = tries + 1 if self._newest() == newest else 1
                 newest = self._newest()
@@ -148,6 +158,39 @@ class Drive:
                 self._observer.close()
                 self._observer.note(f"{error}; the run goes on from {since}")
                 job = job.again(plan.folder)
+                self._wait_for_folder()
+                with self._advising():
+                    # Ranks that were asked for are waited for; others are as many as there are machines or GPUs now.
+                    self.layout = self.layout if plan.config.cluster.ranks else self._laid_out()
+
+    def _laid_out(self) -> Layout:
+        """What is started on the machines that there are.
+
+        Raises:
+            UserError: They have too little.
+        """
+        nodes = [
+            node["Resources"] | {"host": node["NodeManagerAddress"]} for node in self._ray.nodes() if node["Alive"]
+        ]
+        machines = [Machine(node["host"], node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+        return layout(self._plan.config, machines)
+
+    def _wait_for_folder(self) -> None:
+        """Waits until the first rank, which may hang or be cut off, has let go of the run's folder."""
+        ends = time.monotonic() + 2 * self._plan.config.cluster.hangs
+        while time.monotonic() < ends:
+            try:
+                return refuse_held(self._plan.folder)
+            except UserError:  # also where the folder is away: the first rank says so
+                time.sleep(_EVERY)
+
+    @contextlib.contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Within, what a cluster has become too small for ends with the command to go on with."""
+        try:
+            yield
+        except UserError as error:
+            raise RunError(f"{error}; {self._plan.advice}") from None
 
     def _newest(self) -> Path | None:
         return checkpoint.newest(self._plan.folder / "checkpoints")
@@ -160,6 +203,10 @@ class Drive:
                 while not crew.finished(_EVERY):
                     self._deliver(crew)
                     guard.advise(self._plan.advice)
+        except LostError as error:
+            if crew.asked_to_stop:
+                raise RunError(f"{error}; {self._plan.advice}") from None
+            raise
         finally:
             self._observer.close()
 

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import struct
+import sys
 import threading
 import traceback
 from collections.abc import Mapping
@@ -15,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from retort.cluster.log import redirect
-from retort.cluster.mailbox import Relay
+from retort.cluster.mailbox import Relay, beating
 from retort.errors import RetortError
 
 #: Names of the interface that only this machine itself reaches.
 _LOOPBACK = ("lo", "lo0")
+#: Linux asks for the IPv4 address of an interface by this number.
+_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,19 @@ class Outcome:
     trace: str = ""
 
 
+def where(log: str) -> Where:
+    """Where this actor is.
+
+    Args:
+        log: The file of what it prints.
+    """
+    import ray  # pyright: ignore[reportMissingImports]
+
+    context = ray.get_runtime_context()
+    gpus = tuple(int(number) for number in context.get_accelerator_ids().get("GPU", []))
+    return Where(context.get_node_id(), ray.util.get_node_ip_address(), gpus, log)
+
+
 class Rank:
     """An actor. It is brought together with the others as under torchrun, and runs the same code."""
 
@@ -64,11 +81,16 @@ class Rank:
 
     def where(self) -> Where:
         """Where it is."""
-        import ray  # pyright: ignore[reportMissingImports]
+        return where(self._log)
 
-        context = ray.get_runtime_context()
-        gpus = tuple(int(number) for number in context.get_accelerator_ids().get("GPU", []))
-        return Where(context.get_node_id(), ray.util.get_node_ip_address(), gpus, self._log)
+    def prepare(self, environment: Mapping[str, str]) -> None:
+        """Imports what takes longest.
+
+        Args:
+            environment: Variables that this reads.
+        """
+        os.environ.update(environment)
+        from retort.train import runner  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     def free_port(self) -> int:
         """A port that nobody listens at."""
@@ -76,7 +98,9 @@ class Rank:
             free.bind(("", 0))
             return int(free.getsockname()[1])
 
-    def run(self, job: Any, folder: str, environment: Mapping[str, str], mailbox: Any) -> Outcome:
+    def run(
+        self, job: Any, folder: str, environment: Mapping[str, str], mailbox: Any, name: str, hangs: float
+    ) -> Outcome:
         """Makes the run together with the others.
 
         Args:
@@ -84,15 +108,20 @@ class Rank:
             folder: The folder in which the command was given.
             environment: Variables, those of torchrun among them.
             mailbox: The handle of a `Mailbox`.
+            name: Under which it gives signs of life.
+            hangs: Seconds after which one that gives none counts as hung.
         """
+        beating(mailbox, name, hangs)
         os.environ.update(environment)
         rank = int(environment["RANK"])
         if os.getcwd() != folder:
             host = socket.gethostname()
             return Outcome(2, f"rank {rank} on {host} does not see {folder}: all machines must see it under this path")
-        if environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]:
-            own = [name for _, name in socket.if_nameindex() if name in _LOOPBACK]
-            os.environ.update({"GLOO_SOCKET_IFNAME": own[0]} if own and "GLOO_SOCKET_IFNAME" not in os.environ else {})
+        together = environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]
+        interface = interface_of(None if together else where("").host)
+        os.environ.update(
+            {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in os.environ else {}
+        )
         if rank == 0:
             threading.Thread(target=_obey, args=(mailbox,), daemon=True).start()
         relay = Relay(mailbox)
@@ -102,6 +131,27 @@ class Rank:
         if not outcome.code:
             shutil.rmtree(Path(self._log).parent, ignore_errors=True)
         return outcome
+
+
+def interface_of(host: str | None) -> str | None:
+    """The network interface of an IPv4 address of this machine, or of loopback for None; None where it is not found.
+
+    Without it gloo takes the address that the machine's own name resolves to, which others may not reach.
+    """
+    names = [name for _, name in socket.if_nameindex()]
+    if host is None:
+        return next((name for name in names if name in _LOOPBACK), None)
+    if not sys.platform.startswith("linux"):
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for name in names:
+            with contextlib.suppress(OSError):  # it has no address
+                found = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(found[20:24]) == host:
+                    return name
+    return None
 
 
 def _obey(mailbox: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from retort.config import Config
 from retort.errors import UserError, counted
@@ -26,11 +26,25 @@ class Layout:
     rank: dict[str, float]
     teachers: int
     teacher: dict[str, float]
+    workers: int = 0
+    worker: dict[str, float] = field(default_factory=lambda: {})
+    environments: int = 0
+    environment: dict[str, float] = field(default_factory=lambda: {})
 
     @property
     def bundles(self) -> list[dict[str, float]]:
         """The resources of every process: the ranks first."""
-        return [self.rank] * self.ranks + [self.teacher] * self.teachers
+        return [needs for _, count, needs in self.roles for _ in range(count)]
+
+    @property
+    def roles(self) -> list[tuple[str, int, dict[str, float]]]:
+        """The name of each kind of process, how many there are, and what each needs."""
+        return [
+            ("rank", self.ranks, self.rank),
+            ("teacher", self.teachers, self.teacher),
+            ("worker", self.workers, self.worker),
+            ("environment", self.environments, self.environment),
+        ]
 
 
 def layout(config: Config, machines: Sequence[Machine]) -> Layout:
@@ -51,9 +65,22 @@ def layout(config: Config, machines: Sequence[Machine]) -> Layout:
     teacher_gpus = asked.teacher_gpus if asked.teacher_gpus is not None else 1
     rank = {"CPU": float(asked.rank_cpus), "GPU": 1.0 if on_gpus else 0.0}
     teacher = {"CPU": float(asked.teacher_cpus), "GPU": float(teacher_gpus if on_gpus else 0)}
-    left = int(there - asked.teachers * teacher["GPU"])
+    workers = config.rollout.workers
+    worker_gpus = asked.worker_gpus if asked.worker_gpus is not None else 1
+    worker = {"CPU": float(asked.worker_cpus), "GPU": float(worker_gpus if on_gpus else 0)}
+    left = int(there - asked.teachers * teacher["GPU"] - workers * worker["GPU"])
     ranks = asked.ranks or (max(1, left) if on_gpus else len(machines))
-    found = Layout(ranks, _some(rank), asked.teachers, _some(teacher))
+    environment = {"CPU": float(asked.environment_cpus)}
+    found = Layout(
+        ranks=ranks,
+        rank=_some(rank),
+        teachers=asked.teachers,
+        teacher=_some(teacher),
+        workers=workers,
+        worker=_some(worker),
+        environments=asked.environments,
+        environment=environment,
+    )
     _fits(found, machines)
     return found
 
@@ -64,8 +91,7 @@ def _some(resources: dict[str, float]) -> dict[str, float]:
 
 def _fits(found: Layout, machines: Sequence[Machine]) -> None:
     has = {"CPU": [machine.cpus for machine in machines], "GPU": [machine.gpus for machine in machines]}
-    roles = [("rank", found.ranks, found.rank), ("teacher", found.teachers, found.teacher)]
-    roles = [role for role in roles if role[1]]
+    roles = [role for role in found.roles if role[1]]
     for kind, amounts in has.items():
         for name, _, needs in roles:
             if needs.get(kind, 0) > max(amounts):
@@ -85,5 +111,5 @@ def _fits(found: Layout, machines: Sequence[Machine]) -> None:
             parts = " and ".join(f"{counted(count, name)} of {needs.get(kind, 0):g}" for name, count, needs in roles)
             raise UserError(
                 f"the run needs {wanted:g} {kind}s ({parts}), and the cluster has {there:g} on "
-                f"{counted(len(machines), 'machine')}; lower cluster.ranks or cluster.teachers, or add machines to it"
+                f"{counted(len(machines), 'machine')}; lower the number of ranks, servers or workers, or add machines"
             )

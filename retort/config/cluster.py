@@ -28,6 +28,19 @@ class ClusterSection(Section):
     teacher_gpus: int | None = Field(
         default=None, ge=0, le=1, description="GPUs of a server of the teacher; default: 1 where there are GPUs"
     )
+    worker_cpus: int = Field(
+        default=1, ge=1, le=1024, description="CPUs of a worker (rollout.workers), and its threads"
+    )
+    worker_gpus: int | None = Field(
+        default=None, ge=0, le=1, description="GPUs of a worker; default: 1 where there are GPUs"
+    )
+    environments: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="servers of the environment of the rollouts, which ranks share; 0: every rank plays it itself",
+    )
+    environment_cpus: int = Field(default=1, ge=1, le=1024, description="CPUs of a server of the environment")
     retries: int = Field(
         default=3,
         ge=0,
@@ -40,6 +53,13 @@ class ClusterSection(Section):
         ge=0,
         le=1_000_000,
         description="seconds to wait for CPUs and GPUs that others in the cluster use",
+    )
+    hangs: float = Field(
+        default=120.0,
+        ge=1,
+        le=1_000_000,
+        description="seconds without a sign of life after which a rank, a server of the teacher or a worker is "
+        "killed and started again, as is one that cannot reach the driver",
     )
     dashboard: bool = Field(
         default=False,

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from retort.chat.asking import ATTEMPTS
 from retort.chat.budget import Budget, Prices
 from retort.chat.endpoint import KEY_VARIABLE, PATIENCE, TIMEOUT
-from retort.config.precedence import flat
 from retort.config.sections import PathOrName, Section
-from retort.errors import UserError
 from retort.wire import CONCURRENCY, is_url
 
-__all__ = ["RAISED", "JudgeSection", "changed_by", "raised"]
-
-#: Settings that may be changed where a run is resumed: what it may spend.
-RAISED = ("judge.budget_calls", "judge.budget_tokens", "judge.budget_money")
+__all__ = ["JudgeSection"]
 
 
 class JudgeSection(Section):
@@ -106,41 +101,3 @@ class JudgeSection(Section):
     def prices(self) -> Prices:
         """What tokens cost; nothing, where it is not said."""
         return Prices(self.price_prompt or 0.0, self.price_completion or 0.0)
-
-
-def changed_by(settings: Mapping[str, Any], *others: str) -> dict[str, Any]:
-    """The settings, by full name, that a resumed run may be given.
-
-    Args:
-        settings: What it is given, nested or by full name.
-        others: Further names of what it is given.
-
-    Raises:
-        UserError: One may not be changed.
-    """
-    found = flat(settings)
-    refused = sorted({*found, *others} - set(RAISED))
-    if refused:
-        raise UserError(
-            "--resume keeps the settings of the run; only --steps may be given besides, and judge.budget_calls, "
-            f"_tokens or _money, not {refused[0]}"
-        )
-    return found
-
-
-def raised(section: JudgeSection, changed: Mapping[str, Any]) -> JudgeSection:
-    """The section with what a resumed run may spend.
-
-    Args:
-        section: As the run was started.
-        changed: Settings by full name.
-
-    Raises:
-        UserError: One may not be changed, or its value is none.
-    """
-    values = {name.rpartition(".")[2]: value for name, value in changed_by(changed).items()}
-    try:
-        return JudgeSection.model_validate({**section.model_dump(), **values})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(['judge', *map(str, first['loc'])])}: {first['msg']}") from None

@@ -58,9 +58,10 @@ class RolloutSection(Section):
     )
     env: Annotated[str, AfterValidator(_env)] | None = Field(
         default=None,
-        description="environment that replies to the student's turns: a name that `retort envs` lists, or one of your "
-        "own as module:name (docs/rooms.md); the data's prompts are then its tasks, and it grades; null: none, or "
-        "the one of data=rooms",
+        description="environment that replies to the student's turns: a name that `retort envs` lists, one of your "
+        "own as module:name, or the address of a server that plays it, http://HOST:PORT, or several with commas "
+        "between (docs/rooms.md); the data's prompts are then its tasks, and it grades; null: none, or the one of "
+        "data=rooms",
     )
     max_turns: int | None = Field(
         default=None, ge=1, description="most turns of an episode; null: as many as its environment allows"
@@ -87,30 +88,52 @@ class RolloutSection(Section):
         "(docs/rooms.md); null: as long as it takes",
     )
 
-    engine: Literal["own", "vllm"] = Field(
+    engine: Literal["own", "continuous", "vllm", "auto"] = Field(
         default="own",
-        description="who writes the rollouts: own, a loop in this process; vllm, in a process of its own, to which the "
-        "student's weights are sent (docs/engines.md)",
+        description="who writes the rollouts: own, a loop in this process; continuous, transformers' continuous "
+        "batching in this process; vllm, in a process of its own, to which the student's weights are sent; auto: vllm "
+        "where vllm_python is given and the student is no small one and reads text alone, else own (docs/engines.md)",
     )
     vllm_python: str | None = Field(
         default=None,
         min_length=1,
-        description="interpreter of the environment that has vLLM; null: none, where rollout.engine is own",
+        description="interpreter of the environment that has vLLM; null: none, where vLLM does not write",
     )
     vllm_options: list[str] = Field(
         default=[], description="further arguments of vLLM's server, such as --tensor-parallel-size=2"
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="processes besides that generate, each with a copy of the student, where rollout.engine is own "
+        "(docs/engines.md); 0: the run's own",
+    )
+    worker_timeout: float = Field(
+        default=300.0,
+        gt=0,
+        le=1e6,
+        description="seconds without a sign of life after which a worker is killed and started again",
     )
     noise_bound: float = Field(
         default=0.1,
         gt=0,
         le=100,
-        description="nats by which vLLM's log-probs of a probe may differ from the student's on average; beyond that "
-        "the run stops",
+        description="nats by which log-probs of a probe by vLLM or workers may differ from the student's on average; "
+        "beyond that the run stops",
     )
     correction: Literal["truncated", "none"] = Field(
         default="truncated",
         description="truncated: where another program than the trainer writes, policy gradients are weighed by "
         "min(p_trainer / p_engine, 2) (docs/engines.md); none: they are not",
+    )
+
+    staleness: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="steps of the student between the weights that write a batch and those that learn from it, at "
+        "most: so many batches are written ahead (docs/overlap.md); 0: none, every batch is written when it is due",
     )
 
     @field_validator("date", mode="before")

@@ -44,9 +44,7 @@ def overrides(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise UserError(
-                f"{quoted(pair)} is neither a .toml file nor key=value (such as method.entropy_threshold=0.6)"
-            )
+            raise UserError(f"{quoted(pair)} is neither a .toml file nor key=value ({_example(pair)})")
         place = nested
         *sections, last = key.split(".")
         if len(sections) > _DEEPEST:
@@ -57,6 +55,15 @@ def overrides(pairs: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"{quoted(pair)}: {section} was given a value before, so it has no key '{last}'")
         place[last] = value(text)
     return nested
+
+
+def _example(word: str) -> str:
+    """What could have been meant by a word that is no setting."""
+    from retort import registry  # not needed by settings that can be read
+
+    return (
+        f"a method is chosen by --method {word}" if word in registry.names() else "such as method.entropy_threshold=0.6"
+    )
 
 
 def value(text: str) -> Any:

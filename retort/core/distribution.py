@@ -326,7 +326,10 @@ class Distribution(Policy):
         if key not in self._kls:
             weight_CV, sign = (teacher.p_CV, -1) if forward else (self.p_CV, 1)
             value_C = sign * self._mean(weight_CV, self._gap(teacher))
-            self._kls[key] = value_C if _finite(value_C) else self._kl_of_possible(teacher, forward=forward)
+            self._kls[key] = value_C
+            if not _finite(value_C):  # the gap becomes 0 at impossible ids, so neither side is computed from it again
+                for way in (False, True):
+                    self._kls[id(teacher), way] = self._kl_of_possible(teacher, forward=way)
         return self._kls[key]
 
     def _kl_of_possible(self, teacher: Distribution, *, forward: bool) -> Tensor:

@@ -68,6 +68,8 @@ class Part:
         stats: Statistics of the whole batch that it reads.
         uses_old_logp: Whether it compares the student with itself before the first update on a batch; read for a term's
             estimator and weight.
+        from_sample: Whether it estimates what it is differentiated as from the sampled token, without its probability:
+            right only for tokens that the student drew as it is.
         whole_support: Whether it holds only for tokens drawn from the student's whole distribution at the loss
             temperature, so that a plan with another way to draw is refused.
         student_needs: What it needs of the student's policy beyond the log-prob of what was decided, and beyond what
@@ -81,6 +83,7 @@ class Part:
     stats: tuple[Stat, ...] = ()
     uses_old_logp: bool = field(default=False, kw_only=True)
     student_needs: frozenset[Need] = field(default=frozenset(), kw_only=True)
+    from_sample: bool = field(default=False, kw_only=True)
     whole_support: bool = field(default=False, kw_only=True)
 
     def at(self, context: Context, view: str) -> Tensor:

@@ -42,7 +42,7 @@ def k2() -> Divergence:
     def value(context: Context, view: str) -> Tensor:
         return context.signal(view).first_only(_gap(context, view).square() / 2)
 
-    return Divergence("k2", value, frozenset({SAMPLED}))
+    return Divergence("k2", value, frozenset({SAMPLED}), from_sample=True)
 
 
 def k3() -> Divergence:
@@ -52,4 +52,4 @@ def k3() -> Divergence:
         gap_N = _gap(context, view)
         return context.signal(view).first_only((-gap_N).expm1() + gap_N)
 
-    return Divergence("k3", value, frozenset({SAMPLED}))
+    return Divergence("k3", value, frozenset({SAMPLED}), from_sample=True)

@@ -70,7 +70,14 @@ class Episode(Protocol):
 
 
 class Environment(Protocol):
-    """An environment, which plays episodes."""
+    """An environment, which plays episodes.
+
+    It may also have:
+
+    * `measures`, the names of what it measures of every episode; else these are `retort.envs.text.MEASURES`;
+    * `listen(say)`, which takes what shows the user a line;
+    * `metrics()`, numbers by the metric's name, counted since the last call; a step's are summed over the ranks.
+    """
 
     def begin_group(self, prompt: Prompt, members: Sequence[int]) -> Sequence[Episode]:
         """Begins an episode for every rollout of one visit to a prompt.

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from retort.envs.base import Environment
+from retort.envs.elsewhere import CALLS, Elsewhere, addresses
 from retort.envs.text import TextEpisodes
+from retort.envs.wired import PREFIX
 from retort.errors import UserError, did_you_mean
+from retort.wire import Client
+from retort.wire.at_server import at_server
 
-__all__ = ["ENVIRONMENTS", "Known", "load", "makes_rows", "of_data", "refuse_unknown", "rewards", "rows_of"]
+__all__ = ["ENVIRONMENTS", "Known", "load", "made", "makes_rows", "of_data", "refuse_unknown", "rewards", "rows_of"]
 
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -116,15 +120,35 @@ ENVIRONMENTS: Mapping[str, Known] = {
 
 
 def refuse_unknown(name: str) -> None:
-    """Raises `UserError` where a name is neither an environment's nor `module:name`."""
-    if name not in ENVIRONMENTS and not _OWN.fullmatch(name):
+    """Raises `UserError` where a name is neither an environment's, nor `module:name`, nor addresses of servers."""
+    if name not in ENVIRONMENTS and not _OWN.fullmatch(name) and not addresses(name):
         raise UserError(
             f"there is no environment '{name[:100]}', and it is no module:name; {did_you_mean(name, ENVIRONMENTS)}"
         )
 
 
-def load(name: str, *, tools: bool = False) -> Environment:
-    """Makes an environment.
+def _client(url: str) -> Client:
+    return Client(url, concurrency=CALLS)
+
+
+def load(name: str, *, tools: bool = False, client: Callable[[str], Client] = _client) -> Environment:
+    """Makes an environment, or opens one that servers play.
+
+    Args:
+        name: As for `made`, or addresses of servers with commas between.
+        tools: Offer its tools to the chat template.
+        client: Makes what speaks to the server at an address.
+
+    Raises:
+        UserError: See `made` and `Elsewhere.at`.
+    """
+    refuse_unknown(name)
+    there = addresses(at_server(PREFIX + name).removeprefix(PREFIX))
+    return Elsewhere.at([client(url) for url in there], tools=tools) if there else made(name, tools=tools)
+
+
+def made(name: str, *, tools: bool = False) -> Environment:
+    """Makes an environment, which this process plays.
 
     Args:
         name: One of `ENVIRONMENTS`, or `module:name` of a class with `reset` and `step`, of a function without
@@ -133,23 +157,25 @@ def load(name: str, *, tools: bool = False) -> Environment:
         tools: Offer its tools to the chat template.
 
     Raises:
-        UserError: Unknown, not installed, or it cannot be imported.
+        UserError: Unknown, not installed, it cannot be imported, or a server plays it.
     """
+    if addresses(name):
+        raise UserError(f"{name} is a server already; name an environment, which `retort envs` lists, or module:name")
     refuse_unknown(name)
     known = ENVIRONMENTS.get(name)
     if known is not None:
         known.require(name)
-    made = _imported(name if known is None else known.where, name)
-    if callable(getattr(made, "begin_group", None)) and not isinstance(made, type):
-        return made
-    if known is not None and hasattr(made, "begin_group"):
-        return made(tools=tools)
-    if not callable(made):
+    found = _imported(name if known is None else known.where, name)
+    if callable(getattr(found, "begin_group", None)) and not isinstance(found, type):
+        return found
+    if known is not None and hasattr(found, "begin_group"):
+        return found(tools=tools)
+    if not callable(found):
         raise UserError(
-            f"rollout.env = {name}: that is a {type(made).__name__}; name a class with reset and step, or a function "
+            f"rollout.env = {name}: that is a {type(found).__name__}; name a class with reset and step, or a function "
             "that makes such an object"
         )
-    make: Callable[[], Any] = made
+    make: Callable[[], Any] = found
     return TextEpisodes(make, name, tools=tools)
 
 
@@ -159,8 +185,19 @@ def of_data(source: str) -> str | None:
     return name if source in ENVIRONMENTS or makes_rows(source) else None
 
 
-def rewards(name: str) -> bool:
-    """Whether an environment rewards its episodes; if not, a verifier grades them."""
+def rewards(name: str, client: Callable[[str], Client] = _client) -> bool:
+    """Whether an environment rewards its episodes; if not, a verifier grades them.
+
+    Args:
+        name: As for `load`, as is `client`.
+        client: Makes what speaks to the server at an address.
+
+    Raises:
+        UserError: It is behind servers, which do not answer as `load` needs it.
+    """
+    there = addresses(name)
+    if there:
+        return Elsewhere.at([client(url) for url in there]).rewards
     return name not in ENVIRONMENTS or ENVIRONMENTS[name].rewards
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from retort.align.chat import TemplateOptions, rendered
 from retort.config import Config
+from retort.config.clients import environment_client
 from retort.core.context import Context
 from retort.core.needs import DENSE, SPANS, Need, can_meet
 from retort.core.per_token import Core, per_token
@@ -111,6 +112,7 @@ class Evaluator:
                 tools=config.rollout.tools,
                 history=config.rollout.history,
                 waiting=config.rollout.waiting,
+                client=environment_client(config.server),
             ),
         )
 

@@ -32,6 +32,29 @@ def corrected_for_engine(method: Method) -> Method:
     return replace(method, terms=changed, made_of=made, watch=(*method.watch, *added), before=before)
 
 
+def uncorrected(method: Method) -> str | None:
+    """The first term that is a policy gradient and does not correct for the engine; None where there is none."""
+    return next((term.name for term in method.terms if _corrected(term) is not term), None)
+
+
+def on_policy_only(method: Method) -> str | None:
+    """Why a method may learn from nothing but what its student writes as it is; None for one that may.
+
+    A weight per token makes a policy gradient right, up to its bound, for rollouts of an older student; a divergence in
+    closed form is right at every prefix. What remains are estimates from the sampled token that count on who drew it.
+
+    Args:
+        method: Any method, without what comes before it.
+    """
+    if method.needs_latents:
+        return "its student decides denoising steps, which are made in this process"
+    for term in method.terms:
+        for part in term.parts:
+            if part.whole_support or part.from_sample:
+                return f"'{part.name}' (term '{term.name}') is right only for tokens that the student drew as it is"
+    return None
+
+
 def _corrected(term: Term) -> Term:
     own = term.weight is not None and term.weight.corrects_engine
     if own or not term.estimator.uses_old_logp:

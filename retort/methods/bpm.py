@@ -9,8 +9,9 @@ from retort.rollout.plan import RolloutPlan
 
 @method(
     paper=Paper(
-        title="Byte-prefix marginalisation",
-        authors="{authors of arXiv 2607.22334}",
+        title="Cross-Tokenizer On-Policy Distillation via Byte-Prefix Marginalization",
+        authors="Wang, Hao and Yuan, Kun and Zhong, Wenlin and Zhang, Minglei and Xiao, Han and Sun, Ming and Qi, "
+        "Honggang",
         year=2026,
         arxiv="2607.22334",
     ),

@@ -20,7 +20,8 @@ from retort.weights import above
 @method(
     paper=Paper(
         title="Entropy-Aware On-Policy Distillation of Language Models",
-        authors="Jin, Woogyeol and Min and Yang and Wei and Zhou and Kadhe and Baracaldo and Lee",
+        authors="Jin, Woogyeol and Min, Taywon and Yang, Yongjin and Kadhe, Swanand Ravindra and Zhou, Yi and Wei, "
+        "Dennis and Baracaldo, Nathalie and Lee, Kimin",
         year=2026,
         arxiv="2603.07079",
         venue="ICML 2026, PMLR v306",

@@ -10,12 +10,14 @@ from retort.weights import below
 
 @method(
     paper=Paper(
-        title="IDA-OPD: Influence-Directed On-Policy Distillation",
-        authors="{The authors of arXiv 2608.29846}",
+        title="Influence-Directed Distillation: Solving the Diversity Bottleneck in Sampled-Token On-Policy "
+        "Distillation",
+        authors="Yang, Run and Dai, Runpeng and Sun, Jie and Zhang, Jielei and Zhou, Fan and Zhu, Hongtu and Li, "
+        "Peiyi and Gao, Longwen",
         year=2026,
         arxiv="2608.29846",
     ),
-    status="reconstructed",
+    status="partial",
 )
 def ida_opd(*, power: float = 1.0, clip: float | None = None, samples: int = 1, temperature: float = 1.0) -> Method:
     r"""Sampled reverse KL whose advantage is weaker where it would lower the student's entropy.
@@ -35,10 +37,11 @@ def ida_opd(*, power: float = 1.0, clip: float | None = None, samples: int = 1, 
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of both distributions.
 
-    The weighting is the paper's, as two public notes restate it. D is derived here, in the space of logits, and agrees
-    with small steps; the paper's Eq. 1 was not at hand. A weighted log-ratio is no longer the reverse KL: its optimum
-    is the teacher, but its way there is another one. The paper reports pass@16 on AIME24 at 83.3, after 79.1 with
-    `opd`, and pass@1 about equal. Our lab compares pass@k with `eopd` and `opd`.
+    The weighting is the paper's, as public notes restate it. Its first theorem has I as the first-order change of the
+    entropy under a step in the space of logits. D is derived here from that and agrees with small steps; its printed
+    form, Eq. 1, was not at hand. A weighted log-ratio is no longer the reverse KL: its optimum is the teacher, but its
+    way there is another one. The paper reports pass@16 on AIME24 at 83.3, after 79.1 with `opd`, and pass@1 about
+    equal. Our lab compares pass@k with `eopd` and `opd` (docs/lab/lab-notes.md).
 
     Example:
         >>> student, teacher = tensor([[0.8, 0.2]] * 2).log(), tensor([[0.9, 0.1]] * 2).log()

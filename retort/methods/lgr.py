@@ -15,13 +15,13 @@ from retort.rollout.plan import RolloutPlan
         year=2026,
         arxiv="2605.30833",
     ),
-    status="reconstructed",
+    status="partial",
 )
 def lgr(
     *,
     coef: float = 1.0,
-    top_k: int = 4,
-    entropy_threshold: Unbounded = 1.0,
+    top_k: int = 8,
+    entropy_threshold: Unbounded = 0.2,
     clip: float | None = None,
     samples: int = 1,
     temperature: float = 1.0,
@@ -37,21 +37,22 @@ def lgr(
     less its word is worth; the reward leads back to where it can help.
 
     Each token above the threshold costs k further positions of the teacher. A completion is read once, and all of its
-    candidates beside it in the same row, where the model can do that: 2 to 4 times the teacher's work, measured in
+    candidates beside it in the same row, where the model can do that; what that costs is measured in
     docs/performance.md. A teacher in this process or behind `retort serve` can be asked so (a server reads every branch
     from its beginning); servers of completions cannot.
 
     Args:
         coef: gamma; the paper has 1 to 1.5 (0.1 does nothing, 10 repeats tokens). 0 is `opd`.
-        top_k: k, at least 2. Not in the notes on the paper.
-        entropy_threshold: tau, nats, against the student's entropy; strictly greater looks ahead. The paper looks at
-            15 to 25 % of tokens early and 10 % later; its threshold is not in the notes. Infinity is `opd`.
+        top_k: k, at least 2.
+        entropy_threshold: tau, nats, against the student's entropy; strictly greater looks ahead. With the paper's 0.2
+            it looks at 15 to 25 % of its tokens early and 10 % later. Infinity is `opd`.
         clip: PPO's epsilon on the ratio to the student before the batch; null for none.
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of all distributions.
 
-    The formula is from notes on the full text. Reconstructed: k, tau, the deviation of the population, and that a token
-    outside of the k has no reward. After a token that ends the completion the teacher is asked as after any other.
+    Formula and settings are from notes on the full text and its appendix. Departures: a token outside of the k has no
+    reward (the paper asks the teacher after whatever was sampled), and the deviation is that of the population, which
+    the notes do not say. After a token that ends the completion the teacher is asked as after any other.
 
     Example:
         >>> from retort.core.signals import Ahead, Dense

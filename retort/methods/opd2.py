@@ -12,8 +12,8 @@ _BASE = "teacher_base"
 
 @method(
     paper=Paper(
-        title="OPD2: On-Policy Delta Distillation",
-        authors="{The authors of arXiv 2607.15161}",
+        title="On-Policy Delta Distillation",
+        authors="Heo, Byeongho and Hwang, Jaehui and Yun, Sangdoo and Han, Dongyoon",
         year=2026,
         arxiv="2607.15161",
         url="https://github.com/naver-ai/opd2",

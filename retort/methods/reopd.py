@@ -9,8 +9,8 @@ from retort.rollout.plan import RolloutPlan, TurnCurriculum
 
 @method(
     paper=Paper(
-        title="ReOPD",
-        authors="{The authors of arXiv 2607.04763}",
+        title="Multi-Turn On-Policy Distillation with Prefix Replay",
+        authors="Liao, Baohao and Dong, Hanze and Monz, Christof and Xu, Xinxing and Dong, Li and Wei, Furu",
         year=2026,
         arxiv="2607.04763",
         url="https://github.com/BaohaoLiao/ReOPD",
@@ -33,7 +33,8 @@ def reopd(
     student writes the one after them; then the episode is over. t is drawn anew for each episode, from a stream of the
     run's seed. The loss is that of `opd`, in nats, divided by all counted tokens. A batch has as many turns as
     episodes, so it costs a fraction of whole episodes, and the student is taught at places to which good play leads;
-    it is not taught where its own mistakes lead (`tcod` is). Without an environment every completion is one turn, and
+    it is not taught where its own mistakes lead (`tcod` is). The reward curve of a run counts games that this one turn
+    ends, so it says little; an evaluation plays whole games. Without an environment every completion is one turn, and
     it is `opd`.
 
     Args:

@@ -78,7 +78,7 @@ def resopd(*, top_k: int = 4, samples: int = 1, temperature: float = 1.0) -> Met
         curves = (
             *curves,
             Watch("gradient_variance", residual_variance(top_k), every=10),
-            Watch("teacher_topk_mass", teacher_top_mass(top_k)),
+            Watch("teacher_own_topk_mass", teacher_top_mass(top_k)),
             Watch("sampled_tail", sampled_tail(top_k)),
             Watch("bucket_reverse_kl", bucket),
         )

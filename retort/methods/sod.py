@@ -14,7 +14,8 @@ from retort.weights.turns import TurnGaps
 @method(
     paper=Paper(
         title="SOD: Step-wise On-policy Distillation for Small Language Model Agents",
-        authors="{authors of github.com/YoungZ365/SOD}",
+        authors="Zhong, Qiyong and Zheng, Mao and Song, Mingyang and Lin, Xin and Sun, Jie and Zhao, Yiqi and Wang, "
+        "Xiaodi and Jiang, Houcheng and Wang, Xiang and Fang, Junfeng",
         year=2026,
         arxiv="2605.07725",
     ),

@@ -12,7 +12,8 @@ from retort.rollout.plan import RolloutPlan
 @method(
     paper=Paper(
         title="Rethinking Cross-Tokenizer On-Policy Distillation: From Alignment Coverage to Supervision Reliability",
-        authors="{Alibaba Cloud}",
+        authors="Hou, Bingxi and Jiang, Guochao and Quan, Guofeng and Li, Weiqing and Feng, Wenfeng and Liu, Guohua "
+        "and Zhang, Yuewei",
         year=2026,
         arxiv="2610.08448",
     ),

@@ -14,7 +14,7 @@ from retort.rollout.plan import RolloutPlan, TurnCurriculum
 @method(
     paper=Paper(
         title="TCOD: Exploring Temporal Curriculum in On-Policy Distillation for Multi-turn Autonomous Agents",
-        authors="{authors of github.com/kokolerk/TCOD}",
+        authors="Wang, Jiaqi and Zhang, Wenhao and Shi, Weijie and Li, Yaliang and Cheng, James",
         year=2026,
         arxiv="2604.24005",
         venue="COLM 2026",

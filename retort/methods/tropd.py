@@ -81,6 +81,6 @@ def tropd(
             Watch("accepted_fraction", inside),
             Watch("acceptance_probability", acceptance_probability()),
             Watch("forward_kl_refused", forward, where=outside),
-            Watch("teacher_topk_mass", teacher_top_mass(top_k)),
+            Watch("teacher_own_topk_mass", teacher_top_mass(top_k)),
         ),
     )

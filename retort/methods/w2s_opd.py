@@ -15,8 +15,9 @@ from retort.teachers.view import View
 
 @method(
     paper=Paper(
-        title="W2S-OPD: Weak-to-Strong On-Policy Distillation",
-        authors="{The authors of arXiv 2607.26246}",
+        title="Weak-to-Strong On-Policy Distillation",
+        authors="Yu, Fangxu and Lin, Zinan and Liu, Xiaodong and Xu, Weijia and Xu, Michael and Zhou, Tianyi and "
+        "Gao, Jianfeng",
         year=2026,
         arxiv="2607.26246",
     ),

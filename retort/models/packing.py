@@ -234,6 +234,11 @@ def wrapped(implementation: str) -> str:
     return name
 
 
+def unwrapped(name: str) -> str:
+    """The implementation behind a name that `wrapped` gave; others are their own."""
+    return name.removeprefix(_PREFIX)
+
+
 def _mask(implementation: str) -> Callable[..., Any]:
     made = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
 

@@ -305,12 +305,12 @@ def check_memory(prepared: Prepared) -> Check:
     why = "a run that dies of memory does so at its longest rollouts, hours in"
     found, there = forecast(prepared), available(prepared.student.device)
     if there is None:
-        return Check("memory", "ok", f"{found}; this system does not say how much there is", why)
+        return Check("memory", "ok", f"{found}; {found.roles}; this system does not say how much there is", why)
     # Ranks on one machine share its memory, but each has a GPU of its own. The models are loaded already.
     there = there // (local_size() if prepared.student.device.type == "cpu" else 1) + found.loaded
     share = found.peak / there
-    saw = f"{found} of {size_text(there)} on {prepared.student.device.type}"
-    values = (("forecast_bytes", float(found.peak)), ("available_bytes", float(there)))
+    saw = f"{found} of {size_text(there)} on {prepared.student.device.type}; {found.roles}"
+    values = (("forecast_bytes", float(found.peak)), ("available_bytes", float(there)), *found.roles.values)
     if share < TIGHT:
         return Check("memory", "ok", saw, why, values=values)
     remedy = (

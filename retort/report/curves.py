@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from retort.report.ahead import IDLE, STALENESS, is_of_staleness, staleness_figure
 from retort.report.alike import tables
 from retort.report.by_turn import by_turn_figures, is_by_turn, other_figures
 from retort.report.flow_words import DECIDED, all_flows, is_by_step, words_of
 from retort.report.groups import Group, Points, all_runs, over_seeds
+from retort.report.method_curves import OF_METHODS
 from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
 COLORS = 6
@@ -46,11 +48,7 @@ PLOTS = (
         },
         smooth=False,
     ),
-    Curves(
-        "Student’s tail at contract positions",
-        "probability off the teacher’s first token",
-        {"contract_tail": "student’s", "contract_tail_boundary": "(1 - p) / c"},
-    ),
+    *(Curves(*own) for own in OF_METHODS),
     Curves("Top-k in common", "share of the student’s k", {"overlap_ratio": "overlap"}, "share"),
     Curves(
         "Mass of the top-k in common",
@@ -175,6 +173,7 @@ PLOTS = (
     Curves("Horizon", "turns of the student", {"horizon": "horizon"}, smooth=False),
     Curves("Late replies", "share of episodes", {"timed_out": "ended by the deadline"}, "share", smooth=False),
     Curves("Broken episodes", "of a step, not learnt from", {"episode_errors": "ended in an error"}, smooth=False),
+    Curves("Replayed episodes", "of a step", {"environment/replayed": "begun anew"}, smooth=False),
     Curves("Comparisons given up", "completions of a step, counted as wrong", {"given_up": "given up"}, smooth=False),
     Curves("Length", "tokens per rollout", {"length": "length"}),
     Curves("Truncated", "share of rollouts", {"truncated_fraction": "truncated"}, "share"),
@@ -182,7 +181,7 @@ PLOTS = (
     Curves(
         "Gradient’s variance at a token",
         "in logits, nats squared",
-        {"gradient_variance": "exact", "gradient_variance_plain": "exact, without baseline"},
+        {"gradient_variance": "exact", "gradient_variance_plain": "exact, as opd has it"},
     ),
     Curves(
         "Gradient’s variance over all weights",
@@ -190,6 +189,8 @@ PLOTS = (
         {"batch_gradient_variance": "from prompt to prompt", "adam_variance": "by Adam’s moments, after clipping"},
     ),
     Curves("Learning rate", "", {"lr": "learning rate"}, smooth=False),
+    Curves(*STALENESS, smooth=False),
+    Curves(*IDLE),
     Curves("Throughput", "student tokens per second", {"tokens_per_second": "tokens per second"}),
 )
 
@@ -246,12 +247,12 @@ def curves_section(groups: Sequence[Group]) -> str:
     if all_flows(groups):
         known = _of_flows(groups, known, known.index(accuracy))
     shown = {key for curves in known for key in curves.keys} | {"tokens", DECIDED}
-    apart = {key for run in runs for key in run.curves if is_by_turn(key) or is_by_step(key)}
+    apart = {key for run in runs for key in run.curves if is_by_turn(key) or is_by_step(key) or is_of_staleness(key)}
     every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))} - apart
     held_out = _keys(groups, "eval/")
     others = [*sorted(every - shown), *(key for key in held_out if key not in shown)]
     main = "".join((_eval_figures if _is_held_out(curves) else _figure)(groups, curves) for curves in known)
-    main += by_turn_figures(groups)
+    main += by_turn_figures(groups) + staleness_figure(groups)
     turns = other_figures(groups)
     rest = "".join([(_eval_figures if key in held_out else _figure)(groups, _other(key)) for key in others] + turns)
     if not main and not rest:

@@ -14,6 +14,7 @@ from typing import Any
 from retort.report.episodes import episode_of, messages_of
 from retort.report.groups import Group, all_runs
 from retort.report.images import embedded, images_of
+from retort.report.method_curves import OF_TOKENS
 from retort.report.passages import passages_of
 from retort.report.read import RunFiles, number, spread
 from retort.report.units import over_unit, units_of
@@ -54,6 +55,7 @@ KNOWN: Mapping[str, Quantity] = {
     "gate": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
     "clip_fraction": Quantity("clipped", "", LOSS, "1 where the clip binds"),
     "teacher_topk_mass": Quantity("teacher’s top-k mass", "", MODELS, "probability that its top-k holds"),
+    **{name: Quantity(label, unit, BETWEEN, about) for name, (label, unit, about) in OF_TOKENS.items()},
 }
 _ENDINGS: Mapping[str, tuple[str, str]] = {
     "advantage": ("nats", "how much better than expected this token was, for this term"),

@@ -6,7 +6,7 @@ A single-turn prompt is an episode of one turn in an environment that does not r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -27,10 +27,12 @@ from retort.envs.behind import AtDrawnTurn, BehindExpert
 from retort.envs.registry import load
 from retort.envs.text import MEASURES
 from retort.errors import UserError
+from retort.ranks import here
 from retort.rollout.conversation import Conversation
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling, TurnCache
 from retort.rollout.plan import TurnCurriculum
 from retort.rollout.waiting import Calls, Waiting, late, never_begun
+from retort.wire import Client
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,11 +90,12 @@ class EpisodeSetup:
         tools: bool = False,
         history: int | None = None,
         waiting: Waiting | None = None,
+        client: Callable[[str], Client] = Client,
     ) -> EpisodeSetup:
         """The setup of an environment by its name, see `retort.envs.registry.load`; None for single-turn prompts."""
         if name is None:
             return EpisodeSetup(template_options=template_options)
-        environment, waiting = load(name, tools=tools), waiting or Waiting()
+        environment, waiting = load(name, tools=tools, client=client), waiting or Waiting()
         measures = (*getattr(environment, "measures", MEASURES), *waiting.measures)
         return EpisodeSetup(environment, template_options, turns, measures, history, waiting)
 
@@ -100,6 +103,19 @@ class EpisodeSetup:
     def several_turns(self) -> bool:
         """Whether a turn may follow the first one."""
         return self.turns != 1 and not isinstance(self.environment, SingleTurn)
+
+    def listen(self, say: Callable[[str], object]) -> None:
+        """Has what the environment has to tell the user go to `say`."""
+        getattr(self.environment, "listen", lambda say: None)(say)
+
+    def metrics(self) -> dict[str, float]:
+        """What the environments of all ranks counted since the last call, by the metric's name; all ranks call it."""
+        own: Callable[[], Mapping[str, float]] | None = getattr(self.environment, "metrics", None)
+        total: dict[str, float] = {}
+        for found in [] if own is None else here().each(own):
+            for name, value in found.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
 
     def within(self, curriculum: TurnCurriculum | None, done: int, seed: int = 0) -> EpisodeSetup:
         """The same with the horizon of a curriculum after so many batches; what it draws is keyed by the seed."""

@@ -24,7 +24,8 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         tokenizer: Tokenizer of the model that generated it.
 
     Returns:
-        JSON values. Present only where there is something to say: `images` and `teacher_images`, their digests;
+        JSON values. `policy_version` is the number of optimizer steps that the student had taken when it generated the
+        rollout. Present only where there is something to say: `images` and `teacher_images`, their digests;
         `between`, the tokens that are read between decisions
         (replies of an environment); `anew`, the prompts with which further sequences begin; `measures` and `outcomes`
         of an episode, the latter turn by turn; `turns`, the turn of each token, from 0; and `passages`, the texts that
@@ -41,6 +42,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         "text": rollout.text,
         "member": rollout.member,
         "source": rollout.source,
+        **({"policy_version": rollout.policy_version} if rollout.source == "student" else {}),
         "status": str(rollout.status),
         "reward": rollout.reward,
         **({"measures": dict(rollout.measures)} if rollout.measures else {}),

@@ -1,4 +1,4 @@
-"""Loads a model and serves it until it is told to stop."""
+"""Loads a model, or makes an environment, and serves it until it is told to stop."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 from retort import config as configuration
 from retort.config import Config
+from retort.envs.wired import PREFIX as ENVIRONMENT
 from retort.errors import UserError, did_you_mean
 from retort.models.image_text import Unreadable
-from retort.serve import rules
+from retort.serve import environment, rules
 from retort.serve.app import application
 from retort.serve.scorer import Scorer
 from retort.train.models.models import load
@@ -36,11 +37,11 @@ def serve(
     say: Callable[[str], Any] = print,
     listening: Callable[[int], Any] = lambda port: None,
 ) -> None:
-    """Serves a model until the process is interrupted.
+    """Serves a model, or an environment, until the process is interrupted.
 
     Args:
-        model: Folder, hub name, GGUF file, a built-in model such as `countdown:teacher`, or a judge by rules such as
-            `rules:countdown`.
+        model: Folder, hub name, GGUF file, a built-in model such as `countdown:teacher`, a judge by rules such as
+            `rules:countdown`, or an environment such as `env:rooms` or `env:my_module:Game`.
         words: Settings as `key=value`: precision, device, attention, threads, trust_remote_code, weights.
         host: Address to listen at; other than loopback only with a key in the environment (`RETORT_TEACHER_KEY`).
         port: Port to listen at; 0: any that is free.
@@ -54,7 +55,7 @@ def serve(
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if host not in _LOOPBACK and not key:
         raise UserError(
-            f"--host {host} lets other machines ask this model: put a key into the environment variable "
+            f"--host {host} lets other machines ask this server: put a key into the environment variable "
             f"{KEY_VARIABLE}, here and where the run is started, or listen at 127.0.0.1 and use an SSH tunnel"
         )
     if not 0 <= port < 2**16 or most_tokens < 1:
@@ -69,17 +70,26 @@ def serve(
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("retort serve needs the package 'uvicorn': pip install 'retort-distill[serve]'") from None
-    app, what = (_by_rules if model.startswith(rules.PREFIX) else _of_model)(config, model, key, most_tokens, say)
-    settings = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
-    _spoken(settings, what, say, listening).run()
+    made = next((own for prefix, own in _OTHERS.items() if model.startswith(prefix)), _of_model)
+    app, what = made(config, model, key, most_tokens, say)
+    listen(app, what, host=host, port=port, say=say, listening=listening)
 
 
 def _by_rules(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
     """The application of a judge by rules, and what it is."""
     return rules.application(model, rules.rules_of(model), key=key), f"the judge {model}"
+
+
+def _environment(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
+    """The application of an environment, and what it is."""
+    name = model.removeprefix(ENVIRONMENT)
+    given = next((setting for setting in _READ if config.set_by_user(setting)), None)
+    if given is not None:
+        raise UserError(f"retort serve {model} reads no settings of models, and '{given}' is one; leave it out")
+    return environment.application(environment.Episodes(name), key=key), f"the environment {name}"
 
 
 def _of_model(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
@@ -94,8 +104,23 @@ def _of_model(config: Config, model: str, key: str, most_tokens: int, say: Calla
     return app, f"{name} ({lm.precision} on {lm.device.type})"
 
 
-def _spoken(settings: Any, what: str, say: Callable[[str], Any], listening: Callable[[int], Any]) -> Any:
-    """A server that says where it listens once it does."""
+#: What is served beside models, by what its name begins with.
+_OTHERS = {rules.PREFIX: _by_rules, ENVIRONMENT: _environment}
+
+
+def listen(
+    app: Any, what: str, *, host: str, port: int, say: Callable[[str], Any], listening: Callable[[int], Any]
+) -> None:
+    """Serves an application until the process is interrupted, and says where once it does.
+
+    Args:
+        app: The application.
+        what: What it is, for the sentence.
+        host: See `serve`, as are all others.
+        port: See `serve`.
+        say: See `serve`.
+        listening: See `serve`.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -107,4 +132,4 @@ def _spoken(settings: Any, what: str, say: Callable[[str], Any], listening: Call
                 say(f"serving {what} at http://{shown}:{port}; stop it with Ctrl-C")
                 listening(port)
 
-    return Server(settings)
+    Server(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)).run()

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 import retort
@@ -22,20 +22,13 @@ from retort.errors import UserError
 from retort.models.lm import LanguageModel
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.engines.hf import HFEngine
+from retort.serve.http import OtherWeightsError, TooLargeError, validated
 from retort.serve.images import HeldImages
 from retort.teachers.local import LocalTeacher, numbers
 from retort.wire.protocol import VERSION, About, unpacked
 
 #: Most of a model's most likely ids that are given a token, and most given ids: an answer is no whole distribution.
 MOST_IDS = 4096
-
-
-class OtherWeightsError(UserError):
-    """A request is about other weights than the server has."""
-
-
-class TooLargeError(UserError):
-    """A request is larger than the server takes."""
 
 
 class _Asked(BaseModel):
@@ -199,11 +192,7 @@ class Scorer:
 
     def _checked(self, kind: type[Any], settings: Any) -> Any:
         """The settings of a request, checked."""
-        try:
-            found = kind.model_validate(settings, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+        found = validated(kind, settings)
         if found.weights != self.about.digest:
             raise OtherWeightsError("it has other weights than the run began with; start it with the model that it had")
         return found

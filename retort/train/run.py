@@ -67,7 +67,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.prepared: Parts = self.output.prepared
-        self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
+        self.source, self.teachers, self.learner = self.prepared.batches, self.prepared.teachers, self.prepared.learner
         self.source.open(self.folder, lambda: self.step)
         self.control = Control(self.prepared.method.controllers, self.prepared.config.seed)
         self.probes = Probes(self.control, self._completions, self.learner, self._signals)
@@ -225,7 +225,7 @@ class Run:
             lost = self.source.given_up - before
             with watch("teacher"):
                 self.world.first(lambda: self.teachers.verify(self.step))
-                signals = self._signals(method, groups, self.teachers.wanted(method, self.step))
+                signals = self.source.scored() or self._signals(method, groups, self.teachers.wanted(method, self.step))
         with watch("score"):
             batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
         means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)
@@ -236,12 +236,12 @@ class Run:
         for row in self.output.record(batch, values, self.step, self.folder):
             self.rollouts.append(row)
         metrics = {"step": self.step, **means.values()}
-        metrics |= self.output.metrics(batch, values, signals, version, lost) | self.prepared.metrics()
+        metrics |= self.output.metrics(batch, values, signals, self.source.version, lost) | self.prepared.metrics()
         metrics |= {f"control/{name}": value for name, value in batch.clock.controller_outputs.items()}
         metrics |= probed
 
         def timed() -> dict[str, Any]:
-            times = watch.values()
+            times = self.source.stages(watch.values())
             decided, unit = len(batch.pack), self.output.decides
             speed = {unit: decided, f"{unit}_per_second": decided / times["time/step"]}
             return {**metrics, **speed, **times}

@@ -8,7 +8,7 @@ from typing import Any
 
 from retort import config as configuration
 from retort.config import Config
-from retort.config.judge import raised
+from retort.config.resumed import resumed
 from retort.errors import UserError
 from retort.method import Method
 from retort.ranks import here, join
@@ -101,7 +101,7 @@ def resume(
         path: The folder of a run, or of one of its checkpoints.
         observer: Receives progress, notes and tables.
         steps: A new number of steps; schedules that end with the run then end with the new one.
-        changed: What the run may spend, where that is changed: settings by full name, see `retort.config.judge.RAISED`.
+        changed: Settings by full name that are changed, see `retort.config.resumed.CHANGED`.
         method: The caller's own method, if the run was started with one.
         caller_objects: The objects that it was started with; its folder keeps the rows of data among them.
 
@@ -145,7 +145,7 @@ def load(
     if steps is not None:
         config = config.model_copy(update={"steps": steps})
     if changed:
-        config = config.model_copy(update={"judge": raised(config.judge, changed)})
+        config = resumed(config, changed)
     caller_objects = (caller_objects or CallerObjects()).again(config, folder)
     if chosen is not None:
         checkpoint.verify(chosen)  # A damaged checkpoint is refused before minutes are spent on loading models.

@@ -277,8 +277,8 @@ def served_model(client: Client, name: str | None) -> Offers:
     models = answer.get("data") if isinstance(answer, Mapping) else None
     if not isinstance(models, list):
         raise UserError(
-            f"{client.url}: something answers there, but it is neither `retort serve` nor a server of completions "
-            "(/v1/models lists no models)"
+            f"{client.url}: something answers there, but it is neither `retort serve MODEL` nor a server of "
+            "completions (/v1/models lists no models)"
         )
     named = {own["id"]: own for own in models if isinstance(own, Mapping) and isinstance(own.get("id"), str)}
     if name is None and len(named) != 1:

@@ -22,6 +22,8 @@ HEALTH, ABOUT, FILES, HEAD = "/health", "/v1/retort", "/v1/tokenizer", "/v1/head
 HIDDEN, SCORE, GENERATE, IMAGES = "/v1/hidden", "/v1/score", "/v1/generate", "/v1/images"
 #: Answer of a server that does not hold an image which a request names; a client sends it, and asks again.
 LACKING = 424
+#: Answer of a server whose weights are others than a request is about.
+CONFLICT = 409
 #: Type of a body of tensors.
 TENSORS = "application/octet-stream"
 #: Largest answer with a tokenizer, bytes.

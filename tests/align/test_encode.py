@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from retort.align.chat import render
-from retort.align.encode import response_ids, spelt
+from retort.align.encode import encoded_alone, response_ids, spelt
 from retort.align.text import control_tokens
 from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
@@ -116,3 +118,20 @@ def test_a_response_continues_its_prompt(made: Any, prompt: str, response: str) 
 def test_a_response_of_a_tokenizer_that_does_not_give_text_back_is_encoded_alone() -> None:
     made = make_tokenizer()
     assert response_ids(made.encode("add 2"), "so 4", made) == made.encode("so 4")
+
+
+def test_two_threads_do_not_encode_as_the_other_asked() -> None:
+    """Whether control tokens count is a state of a tokenizer, which every call sets for itself."""
+
+    class Stateful:
+        split = False
+
+        def encode(self, text: str, *, split_special_tokens: bool) -> list[int]:
+            self.split = split_special_tokens
+            time.sleep(0.002)
+            return [int(self.split)]
+
+    tokenizer: Any = Stateful()
+    with ThreadPoolExecutor(2) as threads:
+        found = threads.map(lambda n: encoded_alone(tokenizer, "", split_special_tokens=bool(n % 2)), range(20))
+    assert list(found) == [[n % 2] for n in range(20)]

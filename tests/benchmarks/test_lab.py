@@ -278,7 +278,7 @@ def _episodes(method: str, seed: int, success: float) -> dict[str, Any]:
 
 def test_the_page_of_agents_has_success_and_the_divergence_by_turn(lab: ModuleType) -> None:
     jobs = list(lab.jobs(lab.BENCHES["agents"], Path("runs"), (), 1))
-    assert {"opd", "tcod", "reopd", "sod", "atod"} == {job.settings["method"]["name"] for job in jobs}
+    assert {"opd", "eopd", "tcod", "reopd", "sod", "atod"} == {job.settings["method"]["name"] for job in jobs}
     assert [job.method for job in jobs if job.settings["method"].get("coef") == 0.0] == ["reward alone"]
     for job in jobs:
         settings = config.resolve(config.recipe("rooms"), job.settings)

@@ -79,7 +79,8 @@ def test_unknown_names_come_with_the_nearest(command: Command) -> None:
     said(command("method.entropy_treshold=1"), "no setting 'entropy_treshold'", "did you mean 'entropy_threshold'")
     said(command("stepz=3"), "unknown key 'stepz'", "did you mean 'steps'")
     said(command("--learning-rate", "3"), "unknown option --learning-rate")
-    said(command("steps"), "neither a .toml file nor key=value")
+    said(command("steps"), "neither a .toml file nor key=value (such as method.entropy_threshold=0.6)")
+    said(command("eopd"), "neither a .toml file nor key=value (a method is chosen by --method eopd)")
     said(command("optimizer.learning_rate=fast"), "optimizer.learning_rate", "'fast'")
 
 

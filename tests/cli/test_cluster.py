@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 from typing import Any
 
@@ -13,6 +14,7 @@ from retort.cluster.connect import connected
 from retort.cluster.driver import Plan
 from retort.cluster.job import Job
 from retort.cluster.resources import Machine, layout
+from retort.cluster.service import services, variables
 from retort.config import resolve
 from retort.errors import UserError
 
@@ -77,6 +79,40 @@ def test_servers_of_a_teacher_that_there_is_not(settings: dict[str, Any], proble
     given = {"student": "a", "data": "c.jsonl", "out": "d", "cluster": {"teachers": 2}, **settings}
     with pytest.raises(UserError, match=problem):
         Plan.of(Job([given]), None, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({}, "this run has none"),
+        ({"rollout": {"env": "http://127.0.0.1:1"}}, "http://127.0.0.1:1 is a server already"),
+    ],
+    ids=["none", "server"],
+)
+def test_servers_of_an_environment_that_there_is_not(settings: dict[str, Any], problem: str) -> None:
+    given = {"student": "a", "teacher": "b", "data": "c.jsonl", "out": "d", "cluster": {"environments": 2}, **settings}
+    with pytest.raises(UserError, match=f"cluster.environments = 2 .*, and {problem}; set it to 0"):
+        Plan.of(Job([given]), None, {})
+
+
+def test_ranks_share_servers_of_the_environment_and_each_has_one_of_the_teacher() -> None:
+    asked = {"teachers": 2, "environments": 2, "environment_cpus": 3}
+    config = resolve({"student": "a", "teacher": "/b", "data": "rooms", "cluster": asked})
+    found = services(config)
+    assert [own.role for own in found] == ["teacher"] * 2 + ["environment"] * 2
+    assert [own.name for own in found] == ["teacher-0", "teacher-1", "environment-0", "environment-1"]
+    assert found[-1].words == "server 1 of the environment"
+    served = list(zip(found, ["http://t:1", "http://t:2", "http://e:3", "http://e:4"], strict=True))
+    for rank, teacher in enumerate(("http://t:1", "http://t:2", "http://t:1")):
+        own = variables(served, rank, config, "sesame")
+        assert own.pop("RETORT_TEACHER_KEY") == "sesame"
+        assert {name: json.loads(text) for name, text in own.items()} == {
+            "RETORT_SERVED": {"/b": teacher, "env:rooms": "http://e:3,http://e:4"}
+        }
+    room = layout(config, [Machine("x", 9, 0)])
+    assert room.bundles == [room.rank] + [room.teacher] * 2 + [{"CPU": 3}] * 2
+    with pytest.raises(UserError, match=r"1 rank of 1 and 2 teachers of 1 and 2 environments of 3"):
+        layout(config, [Machine("x", 8, 0)])
 
 
 def test_defaults_fit_the_machines() -> None:

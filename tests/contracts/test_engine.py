@@ -24,7 +24,9 @@ from retort.models.image_trials import with_images
 from retort.models.images import made_up
 from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling
+from retort.rollout.engines.continuous import ContinuousEngine
 from retort.rollout.engines.hf import HFEngine
+from retort.rollout.engines.pool import PoolSettings, WorkerPool
 from retort.rollout.engines.sample import nucleus
 from retort.rollout.engines.served import ServedEngine
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
@@ -63,6 +65,17 @@ def with_vllm(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> It
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def with_workers(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    """One process for all tests."""
+    case = by_hf(model_folder(seed=5), loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    engine = WorkerPool(lm, VOCAB, PoolSettings(1, parallel=3), probe=[TokenSequence.of([5, 9])])
+    engine.open(tmp_path_factory.mktemp("workers") / "engine")
+    yield replace(case, engine=engine)
+    engine.close()
+
+
 def in_process(model_folder: Callable[..., Path], *_: Any, loops: bool) -> Case:
     return by_hf(model_folder(seed=5), loops=loops)
 
@@ -92,6 +105,12 @@ def by_hf(folder: Path, *, loops: bool) -> Case:
     return Case(engine, frozenset(stops), logp)
 
 
+def continuous(model_folder: Callable[..., Path], *_: Any) -> Case:
+    case = in_process(model_folder, loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    return replace(case, engine=ContinuousEngine(lm, vocab=VOCAB, max_parallel=3))
+
+
 def served(model_folder: Callable[..., Path], *_: Any) -> Case:
     case = in_process(model_folder, loops=True)
     lm: Any = case.engine.lm  # type: ignore[attr-defined]
@@ -111,16 +130,18 @@ ENGINES: dict[str, Callable[..., Case]] = {
     "in this process, by generate": lambda *more: in_process(*more, loops=False),
     "of images": lambda *more: of_images(*more, loops=True),
     "of images, by generate": lambda *more: of_images(*more, loops=False),
+    "continuous": continuous,
     "served": served,
     "scripted": scripted,
 }
-VLLM = "vLLM"
+#: Engines with processes of their own, by the fixture that keeps one for all tests.
+KEPT = {"workers": "with_workers", "vLLM": "with_vllm"}
 
 
-@pytest.fixture(params=[*ENGINES, pytest.param(VLLM, marks=pytest.mark.engines)])
+@pytest.fixture(params=[*ENGINES, "workers", pytest.param("vLLM", marks=pytest.mark.engines)])
 def case(request: pytest.FixtureRequest, model_folder: Any, image_folder: Any) -> Iterator[Case]:
-    if request.param == VLLM:
-        found = request.getfixturevalue("with_vllm")
+    if request.param in KEPT:
+        found = request.getfixturevalue(KEPT[request.param])
         found.engine.update(0)
         yield found
         return
@@ -239,3 +260,30 @@ def test_nothing_asked_is_nothing_written(case: Case) -> None:
     assert case.engine.generate([], Sampling(4)) == []
     assert case.engine.context > 0
     assert case.engine.tokenizer.decode([6])
+
+
+def test_kept_weights_are_those_that_the_model_had_whatever_it_has_learnt_since(case: Case) -> None:
+    """For engines with a copy. It is the last test, because `close` ends what the others share."""
+    engine: Any = case.engine
+    if not hasattr(engine, "keep"):
+        return
+    weight = engine.lm.model.get_output_embeddings().weight
+    before, own = case.engine.generate(requests(), Sampling(ROOM)), weight.detach().clone()
+    try:
+        engine.keep(3)
+        with torch.no_grad():
+            weight.mul_(-1.0)
+        engine.keep(4)
+        with torch.no_grad():
+            weight.zero_()
+        floor = engine.noise_floor
+        for version, same in ((3, True), (4, False)):
+            engine.update(version)
+            found = case.engine.generate(requests(), Sampling(ROOM))
+            assert {one.version for one in found} == {version}
+            assert ([one.ids for one in found] == [one.ids for one in before]) is same
+        assert engine.noise_floor == floor
+    finally:
+        with torch.no_grad():
+            weight.copy_(own)
+        engine.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import pipeline
 import pytest
 import torch
+from any_rooms import AnyRooms
 from scripted import ScriptedEngine
+from served import Played
 from support import make_tokenizer
 
 from retort.align.chat import TemplateOptions, render
@@ -28,7 +30,6 @@ from retort.envs.verifiers import Verifiers
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
-from retort.tasks.rooms import Rooms
 
 ASKED = Prompt("p", (Message("user", "add 3 and 4"),), answer="7")
 
@@ -65,13 +66,6 @@ class Game:
 
     def close(self) -> None:
         self.closed += 1
-
-
-class AnyRooms(Rooms):
-    """Rooms, also with a task that is not its own."""
-
-    def reset(self, task: str, seed: int) -> str:
-        return super().reset("three 1", seed)
 
 
 def of_package(name: str, task: str) -> Callable[[], Environment]:
@@ -112,6 +106,12 @@ PACKAGES: dict[str, Callable[[], Environment]] = {
     "gymnasium": of_package("gymnasium", "FrozenLake-v1 1"),
     "verifiers": lambda: registry.load("verifiers"),
 }
+#: Those that a server in a process of its own plays, by what it is told to play.
+SERVED = {
+    "rooms, elsewhere": "any_rooms:AnyRooms",
+    "rooms, elsewhere, behind the expert": "any_rooms:AnyRooms",
+    "python, elsewhere": "python",
+}
 SCRIPTS = [
     ["3", "answer", "7", *["go north", "go east"] * 20],
     ["7", *["go south", "take red"] * 20],
@@ -119,9 +119,27 @@ SCRIPTS = [
 ]
 
 
-@pytest.fixture(params=[*ENVIRONMENTS, *(pytest.param(name, marks=pytest.mark.envs) for name in PACKAGES)])
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Starts a server of an environment, once for each; its address."""
+    played: dict[str, Played] = {}
+
+    def url(name: str) -> str:
+        if name not in played:
+            played[name] = Played(tmp_path_factory.mktemp("played"), name)
+        return played[name].url
+
+    yield url
+    for own in played.values():
+        own.end()
+
+
+@pytest.fixture(params=[*ENVIRONMENTS, *SERVED, *(pytest.param(name, marks=pytest.mark.envs) for name in PACKAGES)])
 def environment(request: pytest.FixtureRequest) -> Environment:
     name = request.param
+    if name in SERVED:
+        there = registry.load(request.getfixturevalue("elsewhere")(SERVED[name]))
+        return BehindExpert(there, 3) if name.endswith("expert") else there
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]()
     if not registry.ENVIRONMENTS[name].installed:

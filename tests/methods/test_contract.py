@@ -64,7 +64,7 @@ WHOLE_BATCH = {
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "unisd": "disagreement is over a quantile of the batch's, and a half is divided by its own rollouts",
     "uni_opd": "a half is divided by its own rollouts, and has other groups",
-    "topd": "returns are normalised over the batch, and a half may end within a completion",
+    "topd": "returns are normalised over a prompt, and a half may end within a completion",
     "tropd": "its draws are keyed by the place in the answer",
     "va_opd": "siblings are compared, and a half may end within a rollout",
     **dict.fromkeys(("mad_opd", "mt_opd", "opad"), "a half is divided by its own rollouts"),
@@ -75,6 +75,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in NAMES),
     ("sead", {"scope": "rollout"}),
     ("opd", {"correction": "sequence", "samples": 2}),
+    ("topd", {"normalise": False}),
     ("sdpo", {"distillation_weight": 0.5}),
     ("peer_opd", {"reduction": "rollout_sums"}),
     ("cl_egrsd", {"baseline": "group", "length_bonus": 0.0, "scale": "smoothed", "samples": 2}),
@@ -103,6 +104,7 @@ STATEFUL: dict[str, dict[str, Any]] = {
 
 
 #: Methods whose loss is 0 but for rounding, whatever its gradient, and why; their gradients are compared as all are.
+#: What is left is the rounding of terms around 1, of fp32.
 CANCELS = {"topd": "normalised advantages add up to 0"}
 
 #: Methods that look at the order of a rollout's tokens, which is not to be shuffled then.
@@ -387,7 +389,7 @@ def test_packs_and_micro_batches_give_what_padding_gives(
         cuts.add(len(setup.student.batches([r.sequence for r in pack.rollouts], batch_tokens)))
         # The second update is against what the score pass stored, by a student that has not moved.
         for step in pipeline.as_run(setup, pack, batch_tokens):
-            assert step.loss == pytest.approx(plain.loss, rel=1e-5, abs=1e-9 if name in CANCELS else None)
+            assert step.loss == pytest.approx(plain.loss, rel=1e-5, abs=1e-7 if name in CANCELS else None)
             assert step.gradients.keys() == plain.gradients.keys()
             for parameter, gradient in step.gradients.items():
                 torch.testing.assert_close(gradient, plain.gradients[parameter], rtol=1e-5, atol=2e-6 * largest)

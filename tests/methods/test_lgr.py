@@ -62,9 +62,9 @@ def test_a_certain_student_gets_no_reward() -> None:
 
 def test_a_teacher_that_cannot_look_ahead_is_refused() -> None:
     toy = Toy()
-    with pytest.raises(UserError, match="a look one token ahead after the student's top-4"):
+    with pytest.raises(UserError, match="a look one token ahead after the student's top-8"):
         token_losses("lgr", student_logits=toy.logits, teacher_logits=toy.teacher_logits, tokens=toy.tokens)
-    assert retort.load("lgr", coef=0.0).needs().isdisjoint({Need("lookahead", 4, "student")})
+    assert retort.load("lgr", coef=0.0).needs().isdisjoint({Need("lookahead", 8, "student")})
 
 
 def test_a_cache_alone_is_no_teacher_that_looks_ahead(tiny_run: dict[str, Any], tmp_path: Path) -> None:

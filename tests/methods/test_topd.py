@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import retort
-from retort.advantages.proximal import following_mean, proximal_log_ratio
+from retort.advantages.proximal import among_siblings, following_mean, proximal_log_ratio
 from retort.core.context import Context
 from retort.core.signals import Dense
 from retort.core.steps import Steps
@@ -46,16 +46,16 @@ def test_a_small_weight_leaves_the_ratio_less_one() -> None:
     torch.testing.assert_close(reward, q / p - 1, rtol=1e-4, atol=1e-4)
 
 
-def test_golden_returns() -> None:
-    """Two rollouts of 3 and 2 tokens, in a mixed order: means of what follows."""
+def test_golden_means_of_what_follows() -> None:
+    """Two rollouts of 3 and 2 tokens, in a mixed order; nothing follows the last of each."""
     rollouts = torch.tensor([0, 1, 0, 1, 0])
     steps = Steps.of(torch.zeros(5, dtype=torch.long), rollouts)
     values = torch.tensor([1.0, 10.0, 2.0, 20.0, 6.0], dtype=F64)
-    assert following_mean(values, steps).tolist() == [3.0, 15.0, 4.0, 20.0, 6.0]
+    assert following_mean(values, steps).tolist() == [4.0, 20.0, 6.0, 0.0, 0.0]
 
 
 def test_golden_numbers_of_a_batch() -> None:
-    """Rewards ln 1.2 and ln 0.8 in one rollout: returns of their mean and of the last; normalised they are 1 and -1."""
+    """Rewards of ln 1.2 and ln 0.8 in one rollout: the first earns both; normalised, they are 1 and -1."""
     student, teacher = torch.tensor([0.5, 0.5], dtype=F64).log(), torch.tensor([1.0, 0.0], dtype=F64).log()
     given = {
         "student_logits": student.expand(2, 2),
@@ -63,11 +63,23 @@ def test_golden_numbers_of_a_batch() -> None:
         "tokens": torch.tensor([0, 1]),
     }
     plain = token_losses(retort.load("topd", normalise=False), **given)  # type: ignore[arg-type]
-    mean = (math.log(1.2) + math.log(0.8)) / 2
-    assert plain.terms["reverse"].value.tolist() == pytest.approx([-mean, -math.log(0.8)], abs=1e-14)
+    both = math.log(1.2) + math.log(0.8)
+    assert plain.terms["reverse"].value.tolist() == pytest.approx([-both, -math.log(0.8)], abs=1e-14)
     normalised = token_losses("topd", **given)  # type: ignore[arg-type]
-    half = (mean - math.log(0.8)) / 2
+    half = (both - math.log(0.8)) / 2
     assert normalised.terms["reverse"].value.tolist() == pytest.approx([-half / (half + 1e-6), half / (half + 1e-6)])
+
+
+def test_a_token_is_compared_with_those_of_its_own_prompt() -> None:
+    """Two prompts of two completions: each has a mean of 0 and a deviation of 1 of its own, whatever the other's."""
+    steps = Steps.of(
+        torch.zeros(6, dtype=torch.long),
+        torch.tensor([0, 0, 1, 2, 3, 3]),
+        group_N=torch.tensor([5, 5, 5, 2, 2, 2]),
+    )
+    found = among_siblings(torch.tensor([1.0, 2.0, 3.0, 100.0, 100.0, 400.0], dtype=F64), steps)
+    edge = math.sqrt(1.5)
+    assert found.tolist() == pytest.approx([-edge, 0.0, edge, -math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2)], abs=1e-5)
 
 
 def test_what_the_teacher_rules_out_costs_a_bounded_amount() -> None:

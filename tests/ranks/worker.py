@@ -137,6 +137,8 @@ CASES: dict[str, dict[str, Any]] = {
         "models": {"teacher_2": {"path": "coached:student"}},
         "method": {"name": "mad_opd", "samples": 2, "debate": {"tokens": 12}},
     },
+    # Two processes write with a copy of the student each, whose slices are gathered for that.
+    "workers": {"method": {"name": "exopd"}, "lora": {"rank": 4}, "rollout": {"workers": 2}},
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},

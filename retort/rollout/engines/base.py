@@ -6,6 +6,7 @@ Every engine has to pass `tests/contracts/test_engine.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -128,7 +129,8 @@ class FollowingEngine(Engine, Protocol):
     """An engine with a copy of a model's weights, which follow the model's whenever they are sent.
 
     It may generate in one thread while the model learns in another: `keep` is called where the model is at rest, and
-    `update` with that version by whoever generates, before the first completion that is to have these weights.
+    `update` with that version by whoever generates, before the first completion that is to have these weights. On
+    several ranks all of them call `keep`, `update` and `close` together, while each generates its own part.
     """
 
     @property
@@ -159,6 +161,10 @@ class FollowingEngine(Engine, Protocol):
         Raises:
             RunError: The disk is full.
         """
+        ...
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Within, it generates with the newest weights, unless `keep` was called; all ranks enter it together."""
         ...
 
     def close(self) -> None:

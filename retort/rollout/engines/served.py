@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from retort.align.images import ImageTokens
-from retort.core.rollouts import Status
 from retort.errors import SignalError
 from retort.models.served import ServedModel
+from retort.rollout.engines.answers import completions
 from retort.rollout.engines.base import Completion, Request, Sampling
 
 if TYPE_CHECKING:
@@ -70,28 +69,8 @@ class ServedEngine:
             "top_p": sampling.top_p,
         }
         found = self.lm.completions([request.context for request in requests], uniforms, settings)
+        stops, rooms = self.lm.stops, [len(own_A) for own_A in uniforms]
         try:
-            lengths: list[int] = found["lengths_S"].tolist()
-            ids, logps = found["ids_T"].long().split(lengths), found["logp_T"].float().split(lengths)
-        except (KeyError, RuntimeError, TypeError):
-            raise self._unusable() from None
-        usable = len(lengths) == len(requests) and all(
-            0 < length <= len(own) for length, own in zip(lengths, uniforms, strict=False)
-        )
-        if not usable or bool(((found["ids_T"] < 0) | (found["ids_T"] >= self.vocab)).any()):
-            raise self._unusable()
-        if not bool(found["logp_T"].isfinite().all()):
-            raise self._unusable()
-        stops = torch.tensor(sorted(self.lm.stops.ids))
-        return [
-            Completion(
-                own.tolist(),
-                logp_A,
-                Status.COMPLETED if bool(torch.isin(own[-1], stops)) else Status.TRUNCATED,
-                self.version,
-            )
-            for own, logp_A in zip(ids, logps, strict=True)
-        ]
-
-    def _unusable(self) -> SignalError:
-        return SignalError(f"{self.lm.name}: what it sends are no completions of these prompts")
+            return completions(found, rooms, vocab=self.vocab, stops=stops, version=self.version)
+        except ValueError:
+            raise SignalError(f"{self.lm.name}: what it sends are no completions of these prompts") from None

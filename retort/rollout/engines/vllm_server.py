@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import socket
+import re
 import subprocess
 import time
 import weakref
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.errors import UnreachableError, UserError, shortened, visible
-from retort.rollout.engines import guard
+from retort.rollout.engines.processes import end, free_ports, last_error, started
 from retort.wire import Client
 
 #: The oldest release that was tried.
@@ -24,12 +23,11 @@ OLDEST = (0, 32)
 LOG = "vllm.log"
 #: Seconds for a server to read a model, for an answer to any one request, and for an interpreter to say what it has.
 _STARTS, _ANSWERS, _SAYS = 1800.0, 21_600.0, 120.0
+#: Seconds for which a request is made again: the server ends connections that were idle.
+_AGAIN = 1.0
+_TRIED = re.compile(r" \((at the first attempt|after \d+ attempts)\).*")
 #: Seconds between two looks at a server that starts.
 _EVERY = 0.25
-#: Seconds for processes that were killed to be gone, which takes longest with much memory, and between two looks at them.
-_GOES, _LOOKS = 30.0, 0.01
-#: Characters of the log's end that are looked through for a reason.
-_TAIL = 20_000
 #: Nothing is fetched and nobody told; threads go where the system puts them; `/collective_rpc` answers.
 _SURROUNDINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -39,8 +37,6 @@ _SURROUNDINGS = {
 }
 #: What is meant for our own interpreter, and a key that only others would ask for.
 _NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VLLM_API_KEY")
-#: Words of lines that only say that there is another error before them.
-_TOLD_AGAIN = ("See root cause", "See stack trace (above)")
 _VERSIONS = """
 import importlib.metadata, json
 found = {}
@@ -118,24 +114,12 @@ class VLLMServer:
             UserError: It does not start with this model; the line ends with the reason that its log gives.
         """
         self.log = folder / LOG
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve())]
         command += ["--host", "127.0.0.1", "--port", str(port), *options]
-        source = Path(guard.__file__).read_text(encoding="utf-8")
-        with self.log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [python, "-c", source, str(os.getpid()), *command],
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=out,
-                cwd=folder,
-                env=surroundings(cpu=cpu),
-                start_new_session=True,
-            )
+        self._process = started(command, self.log, cwd=folder, env=surroundings(cpu=cpu), python=python)
         self._ends = weakref.finalize(self, end, self._process)
-        self._client = Client(f"http://127.0.0.1:{port}", timeout=_ANSWERS, patience=0, concurrency=requests)
+        self._client = Client(f"http://127.0.0.1:{port}", timeout=_ANSWERS, patience=_AGAIN, concurrency=requests)
         try:
             self._wait()
         except BaseException:
@@ -157,8 +141,8 @@ class VLLMServer:
             return self._client.post_json(path, body)
         except (UserError, UnreachableError) as error:
             if "EngineCore" in str(error) or self._ended():  # its front may outlive what computes
-                raise UnreachableError(f"vLLM has ended{self._reason()}; its log: {self.log}") from None
-            said = shortened(str(error).partition(" (at the first attempt)")[0], 300)
+                raise UnreachableError(f"vLLM has ended{last_error(self.log)}; its log: {self.log}") from None
+            said = shortened(_TRIED.sub("", str(error)), 300)
             raise UnreachableError(f"vLLM at {said}; its log: {self.log}", "http") from None
 
     def each(self, work: Any, items: Sequence[Any]) -> list[Any]:
@@ -174,7 +158,9 @@ class VLLMServer:
         ends = time.monotonic() + _STARTS
         while time.monotonic() < ends:
             if self._process.poll() is not None:
-                raise UserError(f"vLLM does not start with this student{self._reason()}; its whole log: {self.log}")
+                raise UserError(
+                    f"vLLM does not start with this student{last_error(self.log)}; its whole log: {self.log}"
+                )
             with contextlib.suppress(UnreachableError):
                 self._client.get_json("/version")
                 return
@@ -185,57 +171,6 @@ class VLLMServer:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)  # a connection breaks off a little before a process is gone
         return self._process.poll() is not None
-
-    def _reason(self) -> str:
-        """The last error in its log, as the end of a sentence."""
-        with contextlib.suppress(OSError):
-            text = self.log.read_bytes()[-_TAIL:].decode("utf-8", "replace")
-            found = reason(text)
-            if found:
-                return f": {shortened(visible(found), 300)}"
-        return ""
-
-
-def reason(log: str) -> str:
-    """The error that a log ends with, without its time and process; empty where it names none."""
-    lines = [line.rpartition("] ")[2] if "ERROR" in line else line for line in log.splitlines()]
-    lines = [line.partition(") ")[2] if line.startswith("(") else line for line in lines]
-    told = [line.strip() for line in lines if line.strip()]
-    named = ("Error", "Exception", "error")
-    errors = [line for line in told if line.split(":")[0].endswith(named) or ": error: " in line]
-    # An exception of its engine is told again by those around it, in general words.
-    own = [line for line in errors if not any(words in line for words in _TOLD_AGAIN)]
-    return (own or errors or told or [""])[-1]
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that leads a group, with its group, and waits until all of them are gone, memory and ports too."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    ends = time.monotonic() + _GOES
-    while _lives(process.pid) and time.monotonic() < ends:
-        time.sleep(_LOOKS)
-    if process.stdin is not None:
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-
-
-def _lives(group: int) -> bool:
-    """Whether a process of a group runs. One that has ended and that its parent has yet to notice does not."""
-    try:
-        os.killpg(group, 0)
-    except OSError:  # macOS: not permitted where all of them have ended
-        return False
-    if not Path("/proc/self/stat").is_file():
-        return True
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            # The name before these fields, in brackets, may hold anything.
-            state, _, own = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if int(own) == group and state not in "ZX":
-                return True
-    return False
 
 
 def memory_of(config: Mapping[str, Any]) -> int:

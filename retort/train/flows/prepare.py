@@ -80,6 +80,11 @@ class FlowPrepared(Phased):
         return self.models["student"]
 
     @property
+    def batches(self) -> FlowSource:
+        """Gives the trajectories batch by batch: the source, in this process."""
+        return self.source
+
+    @property
     def steps(self) -> int:
         """Number of batches of trajectories in the run."""
         return step_count(self.config, len(self.source.prompts))

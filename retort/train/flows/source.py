@@ -35,6 +35,7 @@ class FlowSource:
         grader: Grades samples, where rewards are named.
         examples: Makes the trajectories of a cold start, where there is one.
         failed: Always empty: a sample always ends.
+        version: Number of optimizer steps behind the student that wrote the last batch.
     """
 
     prompts: Sequence[Prompt]
@@ -45,6 +46,7 @@ class FlowSource:
     grader: SampleGrader | None = None
     examples: Callable[[Sequence[tuple[Visit, int]]], list[Trajectory]] | None = None
     failed: list[str] = field(default_factory=list)
+    version: int = 0
 
     @property
     def given_up(self) -> int:
@@ -71,6 +73,7 @@ class FlowSource:
             RunError: The student has diverged.
             UserError: A reward of the user's own fails.
         """
+        self.version = version
         chosen = visits(self.prompts, seed=self.seed, step=clock.step, count=self.count)
         members = [(visit, member) for visit in chosen for member in range(method.rollout.samples)]
         taught = self.examples is not None and method.rollout.sources == {"teacher"}
@@ -104,6 +107,13 @@ class FlowSource:
             replace(rollout, reward=grade.reward, reward_parts=grade.parts)
             for rollout, grade in zip(rollouts, grades, strict=True)
         ]
+
+    def scored(self) -> None:
+        """Teachers are asked when a batch is learnt from."""
+
+    def stages(self, times: Mapping[str, float]) -> dict[str, float]:
+        """The times of a step as they are: a batch is written while the step waits for it."""
+        return dict(times)
 
     def probed(self, plan: RolloutPlan, probe: Probe, clock: Clock) -> list[Rollout]:
         """Refused: no method with a probe can teach denoising steps.

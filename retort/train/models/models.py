@@ -16,6 +16,7 @@ from retort.align.spanned import align_spans
 from retort.align.stops import StopMap, stop_tokens
 from retort.align.tokens import OtherTokenizer
 from retort.config import Config
+from retort.config.clients import client_of
 from retort.config.sections import ServerSection
 from retort.errors import UserError
 from retort.models.described import describe
@@ -36,8 +37,8 @@ from retort.teachers.reader import Reader
 from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.train.given.given import CallerObjects
-from retort.train.models.at_server import at_server
-from retort.wire import Client, is_url
+from retort.wire import is_url
+from retort.wire.at_server import at_server
 
 #: Where a model comes from: a folder or a hub name, an object of the caller's, or a server of either kind.
 Source = str | InMemoryModel | Server | Endpoint
@@ -91,13 +92,7 @@ def source_of(
             f"student = {path}: the weights of a model that learns, or that `retort eval` evaluates, must be here; "
             "name a folder or a hub name"
         )
-    client = Client(
-        path,
-        key_variable=asked.key,
-        timeout=asked.timeout,
-        patience=asked.patience,
-        concurrency=asked.requests,
-    )
+    client = client_of(asked, path)
     try:
         return Server.at(client, narrow=asked.payload == "bf16")
     except OtherServer:
@@ -231,6 +226,25 @@ def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
     """A rollout engine for a model of the run; only ids below `vocab` are tokens."""
     kind = ServedEngine if isinstance(lm, ServedModel) else HFEngine
     return kind(lm, vocab=vocab, max_parallel=config.rollout.parallel)  # pyright: ignore[reportArgumentType]
+
+
+def rollout_engine(config: Config, student: LanguageModel, vocab: int) -> Engine:
+    """Who writes a run's rollouts in this process; only ids below `vocab` are tokens.
+
+    Raises:
+        UserError: transformers' continuous batching is asked for, and not for this student.
+    """
+    if config.rollout.engine != "continuous":
+        return engine(config, student, vocab)
+    if student.image_tokens is not None:
+        raise UserError(
+            f"rollout.engine=continuous writes text alone, and {student.name} reads images; use rollout.engine=own"
+        )
+    from retort.rollout.engines.continuous import ContinuousEngine  # loads transformers
+
+    made = ContinuousEngine(student, vocab=vocab, max_parallel=config.rollout.parallel)
+    made.check()
+    return made
 
 
 def located(name: str) -> str:

@@ -1,17 +1,23 @@
-"""An engine in a process of its own (vLLM) for the rollouts of a run: checks of the settings, and the engine."""
+"""An engine in processes of its own (vLLM, workers) for a run's rollouts: checks of the settings, and the engine."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 
 from retort.align.chat import Renderer
 from retort.config import Config
 from retort.core.rollouts import Prompt
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
-from retort.ranks import here
-from retort.rollout.engines.vllm import PROBE_PROMPTS, VLLMEngine, VLLMSettings
+from retort.ranks import here, local_size
+from retort.rollout.engines.base import FollowingEngine
+from retort.rollout.engines.follower import PROBE_PROMPTS
+from retort.rollout.engines.pool import PoolSettings, WorkerPool
+from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
 from retort.rollout.engines.vllm_server import vllm_of
+from retort.wire.workers import placed
 
 #: Arguments of the server that are chosen here.
 _OURS = ("--model", "--host", "--port", "--uds", "--skip-tokenizer-init", "--enable-scale-out", "--logprobs-mode")
@@ -24,10 +30,16 @@ def check_other_engine(config: Config) -> None:
         UserError: No interpreter with vLLM is named, or the run has what vLLM is not offered for.
     """
     asked = config.rollout
-    if asked.engine == "own":
+    if asked.workers and asked.engine != "own":
+        raise UserError(
+            f"rollout.workers = {asked.workers} belongs to rollout.engine=own, not to {asked.engine}; set one of them"
+        )
+    if asked.engine != "vllm":
         idle = "vllm_python" if asked.vllm_python else "vllm_options" if asked.vllm_options else None
         if idle is not None:
             raise UserError(f"rollout.{idle} belongs to rollout.engine=vllm; set that, or leave it out")
+        if asked.workers:
+            _check_workers(asked.workers)
         return
     if asked.vllm_python is None:
         raise UserError(
@@ -49,8 +61,8 @@ def other_engine(
     prompts: Sequence[Prompt],
     render: Renderer,
     newest: Callable[[], int],
-) -> VLLMEngine | None:
-    """The engine in another process that the settings ask for; None for the loop in this one.
+) -> FollowingEngine | None:
+    """The engine in other processes that the settings ask for; None for the loop in this one.
 
     Args:
         config: The resolved configuration.
@@ -64,8 +76,11 @@ def other_engine(
         UserError: vLLM cannot write for this student.
     """
     asked = config.rollout
-    if asked.engine == "own":
+    if asked.engine != "vllm" and not asked.workers:
         return None
+    probe = [render(prompt) for prompt in prompts[:PROBE_PROMPTS]]
+    if asked.workers:
+        return _pool(config, lm, vocab, probe, newest)
     assert asked.vllm_python is not None  # checked by `check_other_engine`
     if lm.image_tokens is not None:
         raise UserError(f"rollout.engine=vllm writes text alone, and {lm.name} reads images; use rollout.engine=own")
@@ -77,7 +92,49 @@ def other_engine(
         bound=asked.noise_bound,
         trust_remote_code=config.trust_remote_code,
     )
-    return VLLMEngine(lm, vocab, settings, newest, [render(prompt) for prompt in prompts[:PROBE_PROMPTS]])
+    return VLLMEngine(lm, vocab, settings, newest, probe)
+
+
+def _check_workers(count: int) -> None:
+    """Refuses workers where a package that they need is missing, or a rank cannot reach them.
+
+    Raises:
+        UserError: That.
+    """
+    extras = {"fastapi": "serve", "uvicorn": "serve", "httpx2": "remote", "tenacity": "remote"}
+    lacking = next((name for name in extras if importlib.util.find_spec(name) is None), None)
+    if lacking is not None:
+        raise UserError(
+            f"rollout.workers = {count} needs the package '{lacking}': pip install 'retort-distill[remote,serve]'"
+        )
+    if not placed() and here().size > local_size():
+        raise UserError(
+            f"rollout.workers = {count} would be on the loopback of rank 0's machine, and there are ranks on others; "
+            "start the run with `retort train --cluster` (docs/cluster.md), or leave the workers out"
+        )
+
+
+def _pool(
+    config: Config, lm: LanguageModel, vocab: int, probe: Sequence[TokenSequence], newest: Callable[[], int]
+) -> WorkerPool:
+    """The workers of a run.
+
+    Raises:
+        UserError: The student reads images.
+    """
+    asked = config.rollout
+    if lm.image_tokens is not None:
+        raise UserError(f"rollout.workers generate text alone, and {lm.name} reads images; use rollout.workers=0")
+    settings = PoolSettings(
+        asked.workers,
+        placed=placed(),
+        parallel=asked.parallel,
+        bound=asked.noise_bound,
+        hangs=asked.worker_timeout,
+        threads=config.threads,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return WorkerPool(lm, vocab, settings, newest, probe)
 
 
 def _longest(config: Config) -> int | None:

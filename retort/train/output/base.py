@@ -51,10 +51,23 @@ class RolloutSource(Protocol):
         """What went wrong, in words, in each rollout of the last batch that could not be ended."""
         ...
 
+    @property
+    def version(self) -> int:
+        """Optimizer steps behind the student that wrote the last batch."""
+        ...
+
     def rollouts(
         self, method: Method, clock: Clock, version: int, difficulty: Mapping[str, float] | None = None
     ) -> list[Group]:
         """The rollouts of a batch, by visit to a prompt; `retort.train.source.source.Source` describes it."""
+        ...
+
+    def scored(self) -> Mapping[str, TeacherSignal] | None:
+        """What the teachers said of the last batch, if they were asked when it was written; None: ask them now."""
+        ...
+
+    def stages(self, times: Mapping[str, float]) -> dict[str, float]:
+        """The times of a step by stage, of those (`time/<part>`, seconds) that the loop took, and more about them."""
         ...
 
     def probed(self, plan: RolloutPlan, probe: Probe, clock: Clock) -> list[Rollout]:
@@ -98,6 +111,11 @@ class Parts(Protocol):
     @property
     def source(self) -> RolloutSource:
         """Gives the rollouts."""
+        ...
+
+    @property
+    def batches(self) -> RolloutSource:
+        """What the loop asks for a batch: the source, or who has it write ahead."""
         ...
 
     @property

@@ -30,7 +30,7 @@ FREE = (
     *(f"judge.{name}" for name in ("model", "name", "key", "timeout", "patience", "requests", "replay")),
     *("judge.budget_calls", "judge.budget_tokens", "judge.budget_money", "judge.price_prompt"),
     "judge.price_completion",
-    *("rollout.vllm_python", "rollout.vllm_options", "rollout.noise_bound"),
+    *("rollout.vllm_python", "rollout.vllm_options", "rollout.noise_bound", "rollout.worker_timeout"),
 )
 #: Settings that change rounding at most.
 ROUNDING = (
@@ -38,6 +38,7 @@ ROUNDING = (
     "attention",
     "threads",
     "rollout.parallel",
+    "rollout.workers",
     "optimizer.batch_tokens",
     "optimizer.gradient_checkpointing",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from retort.config import Config
+from retort.errors import counted
 from retort.loss.terms import wanted
 from retort.models.adapter import described
 from retort.models.lm import LanguageModel
@@ -43,8 +44,11 @@ def summary(prepared: Prepared) -> dict[str, str]:
 
 def _generated_by(prepared: Prepared) -> str:
     asked = prepared.config.rollout
+    ahead = f", at most {counted(asked.staleness, 'step')} ahead" if asked.staleness else ""
+    if asked.workers:
+        return f"{counted(asked.workers, 'worker')}, each a process with a copy of the student{ahead}"
     corrected = "policy gradients corrected for it" if asked.correction == "truncated" else "uncorrected"
-    return f"vLLM of {asked.vllm_python}, in a process of its own, {corrected}"
+    return f"vLLM of {asked.vllm_python}, in a process of its own, {corrected}{ahead}"
 
 
 def _rubricator(config: Config) -> str:

@@ -97,7 +97,7 @@ class TextOutput:
         given_up: int,
     ) -> dict[str, float]:
         """See `Output`."""
-        found = batch_metrics(batch, values, version, self.prepared.source, given_up)
+        found = batch_metrics(batch, values, version, self.prepared.batches, given_up)
         return found | record.view_metrics(signals, batch.method.views, len(batch.pack.rollouts))
 
     def save_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ certain part. Of several ranks it is that of one; their parts of a batch are abo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,31 @@ from retort.teachers.itself import sides_of
 from retort.train.models.judge import asked_model
 from retort.train.setup.prepare import Prepared
 from retort.train.setup.writing import writings
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Bytes of one process of each role, where roles are apart (docs/cluster.md); each above an empty process.
+
+    Attributes:
+        rank: A rank that learns: it neither generates nor holds a frozen model that servers may hold.
+        generator: A process that generates with a copy of the student.
+        teacher: A server of the largest frozen model; None where no such model is in this process.
+    """
+
+    rank: int
+    generator: int
+    teacher: int | None
+
+    @property
+    def values(self) -> tuple[tuple[str, float], ...]:
+        """The sizes by name, as a check shows them."""
+        return tuple((f"{role}_bytes", float(size)) for role, size in vars(self).items() if size is not None)
+
+    def __str__(self) -> str:
+        teacher = "" if self.teacher is None else f", a server of the teacher {size_text(self.teacher)}"
+        own = f"a rank {size_text(self.rank)}, a process that generates {size_text(self.generator)}{teacher}"
+        return f"in processes of their own: {own}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,7 @@ class Forecast:
         offloaded: Of models that leave the device between their passes, the largest, and its cache if it generates: one
             is there at a time.
         ranks: Number of ranks; all else is that of one of them.
+        roles: What a process of each role needs where roles are apart.
     """
 
     models: int
@@ -62,6 +88,7 @@ class Forecast:
     gathered: int = 0
     offloaded: int = 0
     ranks: int = 1
+    roles: Roles = Roles(0, 0, None)
 
     @property
     def peak(self) -> int:
@@ -117,7 +144,7 @@ def forecast(prepared: Prepared) -> Forecast:
         copies, lasting = copies + lasting, 0
     own = prepared.teachers.own.bytes if prepared.teachers.own else 0
     frozen_kept, frozen_loaded = _frozen(prepared, ranks)
-    return Forecast(
+    found = Forecast(
         models=_part(_bytes(student) + own, ranks) + frozen_kept + lasting,
         training=_part((16 if config.record.gradient_variance_every else 12) * student.trainable_parameters, ranks),
         head=0 if not learns else forming if not untied else 4 * head.numel(),
@@ -130,6 +157,7 @@ def forecast(prepared: Prepared) -> Forecast:
         offloaded=max(lm.offload.bytes + (caches.get(id(lm), 0) if lm.offload.storage else 0) for lm in lms),
         **(_gathered(prepared, ranks) if ranks > 1 else {}),
     )
+    return replace(found, roles=_roles(prepared, found, found.models - frozen_kept))
 
 
 def available(device: torch.device) -> int | None:
@@ -180,6 +208,49 @@ def _caches(prepared: Prepared, written: int, evaluated: int, product: int, rank
     return found
 
 
+def _generated(prepared: Prepared, product: int) -> int:
+    """Bytes of a process that generates, beside the weights: the cache, a prompt's pass, and two tables of logits."""
+    config, student = prepared.config, prepared.student
+    count = min(config.rollout.parallel, prepared.source.count * prepared.method.rollout.samples)
+    prompt = _prompt_tokens(prepared)
+    cache = _cache(student, count, config.rollout.max_new_tokens + prompt, product)
+    logits = 2 * 4 * count * prepared.learner.vocab
+    return cache + logits + count * prompt * _passing_bytes(student, product)
+
+
+def _scored(prepared: Prepared, lm: LanguageModel, product: int) -> int:
+    """Bytes of a server that scores, beside the weights: a micro-batch in its widest layer, and a chunk of logits."""
+    tokens = min(prepared.config.optimizer.batch_tokens, _rollout_tokens(prepared, longest=True))
+    rows = min(chunk_rows(prepared.learner.vocab, prepared.student.device), tokens)
+    return tokens * _passing_bytes(lm, product) + rows * prepared.learner.vocab * (4 + product)
+
+
+def _passing_bytes(lm: LanguageModel, product: int) -> int:
+    """Bytes per token of a pass that keeps nothing: its state, and what the widest layer holds at once."""
+    shape = _Shape.of(lm.model.config.get_text_config())
+    attention = product * (2 * shape.heads + 4 * shape.groups) * shape.each
+    return 4 * 3 * shape.width + max(attention, product * 3 * shape.wide)
+
+
+def _roles(prepared: Prepared, found: Forecast, kept: int) -> Roles:
+    """What a process of each role needs; `kept` are the bytes of models that a rank has in any case."""
+    student, judge = prepared.student, asked_model(prepared.asker)
+    product = 4 if student.precision == "fp32" else 2
+    frozen = [lm for lm in prepared.lms.values() if lm.model is not student.model and lm.here]
+    alone = judge is not None and judge.model not in [student.model, *(lm.model for lm in frozen)]
+    kept += _bytes(judge) if judge is not None and alone else 0
+    return Roles(
+        rank=replace(found, models=kept, cache=0, offloaded=0).peak,
+        generator=_bytes(student) + sum(student.working_bytes()) + _generated(prepared, product),
+        teacher=max((_whole(lm) + _scored(prepared, lm, product) for lm in frozen), default=None),
+    )
+
+
+def _whole(lm: LanguageModel) -> int:
+    """Bytes of a model's weights, also of one that leaves the device between its passes."""
+    return max(_bytes(lm), lm.offload.bytes)
+
+
 def _layer_bytes(lm: LanguageModel) -> int:
     return sum(p.numel() * p.element_size() for layer in layers_of(lm.model) for p in layer.parameters())
 
@@ -197,7 +268,7 @@ def _frozen(prepared: Prepared, ranks: int) -> tuple[int, int]:
     return loaded - layers + _part(layers, ranks), loaded
 
 
-def _gathered(prepared: Prepared, ranks: int) -> dict[str, int]:
+def _gathered(prepared: Prepared, ranks: int) -> dict[str, Any]:
     """What several ranks gather: see `Forecast.whole` and `Forecast.gathered`."""
     student, config = prepared.student, prepared.config
     layer = _layer_bytes(student) // max(1, len(layers_of(student.model)))
@@ -213,20 +284,37 @@ def _gathered(prepared: Prepared, ranks: int) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """Numbers of a decoder: width, layers, heads, groups of keys and values, size of each, width in between."""
+
+    width: int
+    layers: int
+    heads: int
+    groups: int
+    each: int
+    wide: int
+
+    @staticmethod
+    def of(text: Any) -> _Shape:
+        width, layers, heads = (
+            int(getattr(text, name)) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        )
+        groups = int(getattr(text, "num_key_value_heads", None) or heads)
+        each = int(getattr(text, "head_dim", None) or width // heads)
+        return _Shape(width, layers, heads, groups, each, int(getattr(text, "intermediate_size", None) or 4 * width))
+
+
 def _kept_bytes(text: object, product: int, *, checkpointed: bool) -> int:
     """Bytes per token that a decoder of this shape keeps for its backward pass."""
-    width, layers = int(getattr(text, "hidden_size")), int(getattr(text, "num_hidden_layers"))  # noqa: B009
+    shape = _Shape.of(text)
     if checkpointed:
-        return 4 * width * (layers + 8)
-    heads = int(getattr(text, "num_attention_heads"))  # noqa: B009
-    groups = int(getattr(text, "num_key_value_heads", None) or heads)
-    each = int(getattr(text, "head_dim", None) or width // heads)
-    wide = int(getattr(text, "intermediate_size", None) or 4 * width)
+        return 4 * shape.width * (shape.layers + 8)
     # Residual stream and norms stay fp32. Products in bf16 keep a bf16 copy of what goes into them.
-    residual = 4 * 8 * width
-    attention = product * (6 * heads + 6 * groups) * each
-    feed_forward = product * 4 * wide
-    return layers * (residual + attention + feed_forward)
+    residual = 4 * 8 * shape.width
+    attention = product * (6 * shape.heads + 6 * shape.groups) * shape.each
+    feed_forward = product * 4 * shape.wide
+    return shape.layers * (residual + attention + feed_forward)
 
 
 def _prompt_tokens(prepared: Prepared) -> int:
@@ -275,10 +363,8 @@ def _signals(prepared: Prepared, steps: int, product: int, ranks: int) -> int:
 
 
 def _cache(lm: LanguageModel, rollouts: int, longest: int, product: int) -> int:
-    text = lm.model.config.get_text_config()
-    groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    each = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return rollouts * longest * groups * each * text.num_hidden_layers * 2 * product
+    shape = _Shape.of(lm.model.config.get_text_config())
+    return rollouts * longest * shape.groups * shape.each * shape.layers * 2 * product
 
 
 def _system() -> int | None:

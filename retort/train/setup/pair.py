@@ -107,9 +107,11 @@ def further(config: Config, method: Method) -> dict[str, str]:
     use |= dict.fromkeys(config.teachers.models, (method.name, "teacher"))
     for model, (phase, view) in use.items():
         if model not in (*SHORTHANDS, *config.further_models):
+            # A name that was given, perhaps with an error in it; teacher and base are there without being given.
+            near = f" ({did_you_mean(model, list(config.further_models))})" if config.further_models else ""
             raise UserError(
-                f"view '{view}' of method '{phase}' is of a model '{model}', which the run does not have "
-                f"({did_you_mean(model, [*SHORTHANDS, *config.further_models])}); name it with models.{model}.path"
+                f"view '{view}' of method '{phase}' is of a model '{model}', which the run does not have{near}; "
+                f"name it with models.{model}.path=DIR"
             )
     for name, path in config.further_models.items():
         if name not in use and name != config.judge.model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch
 from retort import registry
 from retort.chat.asking import Asking
 from retort.config import Config
+from retort.config.clients import environment_client
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.method import Method
@@ -22,7 +24,7 @@ from retort.models.lm import LanguageModel
 from retort.ranks import here
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
-from retort.rollout.engines.vllm import VLLMEngine
+from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.episodes import EpisodeSetup
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.itself import SelfTeacher
@@ -34,9 +36,10 @@ from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
+from retort.train.models.engine_choice import with_engine
 from retort.train.models.judge import asker, check_settings, open_record, step_metrics
 from retort.train.models.loading import Loaded, load_models
-from retort.train.models.models import device_for, engine, sources, teacher_of
+from retort.train.models.models import device_for, engine, rollout_engine, sources, teacher_of
 from retort.train.models.other_engine import check_other_engine, other_engine
 from retort.train.models.several import several
 from retort.train.setup import pair
@@ -46,12 +49,15 @@ from retort.train.setup.grading import rubric_grader
 from retort.train.setup.images import check_images
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.phases import Phased
+from retort.train.setup.staleness import check_staleness
 from retort.train.setup.texts import check_texts
 from retort.train.source import difficulty
+from retort.train.source.ahead import Ahead
 from retort.train.source.source import Source
 from retort.train.storage.folder import ENGINE, refuse_unshared
 from retort.train.teaching.authors import drafting
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
+from retort.train.teaching.early import EarlyTeachers
 from retort.train.teaching.teachers import Teachers
 
 
@@ -83,7 +89,7 @@ class Prepared(Phased):
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
     asker: Asking | None = None
-    other_engine: VLLMEngine | None = None
+    other_engine: FollowingEngine | None = None
 
     @property
     def student(self) -> LanguageModel:
@@ -110,6 +116,7 @@ class Prepared(Phased):
             UserError: A family that cannot be spread.
         """
         self.teachers.listen(say)
+        self.source.episodes.listen(say)
         if self.asker is not None:
             self.asker.listen(say)
         self.learner.spread(say)
@@ -139,12 +146,26 @@ class Prepared(Phased):
             UserError: It does not start with the student, or computes something else.
         """
         if self.other_engine is not None:
-            self.other_engine.update(self.other_engine.newest())
-            noise = self.other_engine.noise_floor
-            say(f"vLLM generates: its log-probs are {noise:.1e} nats a token from the student's here")
+            other = self.other_engine
+            with other.ready():
+                noise = f"{other.noise_floor:.1e} nats"
+            say(f"{other.name} generates: its log-probs are {noise} a token from the student's here")
+
+    @property
+    def batches(self) -> Source | Ahead:
+        """What the loop asks for a batch: the source, or who has it write ahead in another thread."""
+        return self._batches
+
+    @cached_property
+    def _batches(self) -> Source | Ahead:
+        staleness, engine = self.config.rollout.staleness, self.other_engine
+        if not staleness or engine is None:
+            return self.source
+        return Ahead(self.source, engine, staleness, self.at, lambda: self.steps, EarlyTeachers(self.teachers))
 
     def close(self) -> None:
         """Ends what the run started beside itself."""
+        self.batches.close()
         if self.other_engine is not None:
             self.other_engine.close()
 
@@ -152,6 +173,7 @@ class Prepared(Phased):
         """Of a step: what teachers, an engine and a model that is asked have to say; all ranks call it."""
         asked, other = self.asker, self.other_engine
         found = {} if asked is None else step_metrics(asked)
+        found |= self.source.episodes.metrics()
         return self.teachers.metrics() | found | ({} if other is None else other.metrics())
 
     def difficulties(
@@ -180,10 +202,12 @@ def prepare(
         UserError: Whatever is wrong, in one line.
     """
     caller_objects, notes = caller_objects or CallerObjects(), list[str]()
+    config = with_engine(config, notes, caller_objects)
     method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
     check_settings(config)
     check_other_engine(config)
+    check_staleness(config, method)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -226,7 +250,7 @@ def run_method(config: Config, method: Method | None) -> Method:
     record, several_teach = config.record, bool(config.teachers.models)
     method = method or registry.load(**config.method)
     method = watching(method, record.overlap, record.overlap_every, several=several_teach)
-    if config.rollout.engine != "own" and config.rollout.correction == "truncated":
+    if (config.rollout.engine == "vllm" or config.rollout.staleness) and config.rollout.correction == "truncated":
         method = corrected_for_engine(method)
     cold = config.cold_start
     if not cold.steps:
@@ -280,7 +304,7 @@ def _parties(
         count=batch_prompts(config, len(data.train)),
         limit=config.rollout.max_new_tokens,
         seed=config.seed,
-        engine=engine(config, student, vocab) if other is None else other,
+        engine=rollout_engine(config, student, vocab) if other is None else other,
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
@@ -294,8 +318,9 @@ def _parties(
             tools=config.rollout.tools,
             history=config.rollout.history,
             waiting=config.rollout.waiting,
+            client=environment_client(config.server),
         ),
-        whole=student.whole,
+        whole=student.whole if other is None else other.ready,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
         shown=local["student"].shown,
     )

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from retort.config import BUILTIN, Config
+from retort.config.clients import environment_client
 from retort.core.random_streams import permutation
 from retort.core.rollouts import Message, Prompt
 from retort.data import each_turn, in_template
@@ -162,7 +163,7 @@ def graders(
     own = (caller_objects or CallerObjects()).verifier(config, train)
     if own is not None:
         return own, own
-    if config.environment is not None and rewards(config.environment):
+    if config.environment is not None and rewards(config.environment, environment_client(config.server)):
         played = ByEnvironment(config.environment)
         return played, played
     task = config.data if config.builtin else config.task

@@ -63,6 +63,7 @@ class Source:
         rubric_grader: Grades them for methods that learn from a rubric (`Method.grading`).
         episodes: The environment that replies to the student.
         failed: What went wrong, in words, in each episode of the last batch that its environment could not go on with.
+        version: Number of optimizer steps behind the student that wrote the last batch.
         cache: Rollouts of earlier batches; a run sets its own.
         late: The record of replies that came too late; a run sets its own.
         world: The ranks, each of which generates and grades a part of the batch.
@@ -86,6 +87,7 @@ class Source:
     rubric_grader: Grader | None = None
     episodes: EpisodeSetup = field(default_factory=EpisodeSetup)
     failed: list[str] = field(default_factory=list)
+    version: int = 0
     cache: RolloutCache = field(default_factory=RolloutCache)
     late: JsonLines = field(default_factory=lambda: JsonLines(Path(TIMEOUTS)))
     world: World = field(default_factory=here)
@@ -114,7 +116,7 @@ class Source:
             RunError: Nothing is left to learn from.
             UserError: The grader, or a row of the data, does not fit.
         """
-        plan = method.rollout
+        plan, self.version = method.rollout, version
         if plan.order is None:
             chosen = visits(self.prompts, seed=self.seed, step=clock.step, count=self.count)
         else:
@@ -134,6 +136,16 @@ class Source:
                 "so there is nothing to learn; raise rollout.max_new_tokens"
             )
         return in_groups(self._without_failed(rollouts, clock))
+
+    def scored(self) -> None:
+        """Teachers are asked when a batch is learnt from."""
+
+    def stages(self, times: Mapping[str, float]) -> dict[str, float]:
+        """The times of a step as they are: a batch is written while the step waits for it."""
+        return dict(times)
+
+    def close(self) -> None:
+        """Has started nothing that would not end by itself."""
 
     def probed(self, plan: RolloutPlan, probe: Probe, clock: Clock) -> list[Rollout]:
         """Completions of the probe prompts: the data's, or the student's with the same uniform numbers every time."""

@@ -1,4 +1,4 @@
-"""A student's weights as a folder that vLLM opens: safetensors and a configuration, no tokenizer."""
+"""A student's weights as a folder that an engine opens: safetensors and a configuration, no tokenizer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from retort.files import disk_full, reason, remove, write_text
 from retort.models.lm import LanguageModel
 
 
-def weights_of(lm: LanguageModel) -> dict[str, Tensor]:
-    """The weights of a model by the names of its folder, those of an adapter merged into them."""
-    return dict(lm.model.state_dict()) if lm.adapter is None else lm.adapter.merged()
+def weights_of(lm: LanguageModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a model by the names of its folder, those of an adapter merged into them.
+
+    Args:
+        lm: The model.
+        state: Its state where it is spread over ranks, see `LanguageModel.whole_state`.
+    """
+    if lm.adapter is not None:
+        return lm.adapter.merged(state)
+    return dict(lm.model.state_dict() if state is None else state)
 
 
 @torch.no_grad()
-def save_weights(
-    lm: LanguageModel, weights: Mapping[str, Tensor], folder: Path, vocab: int, *, untied: bool
-) -> dict[str, Any]:
-    """Writes a model for vLLM, in the precision in which it computes.
+def save_weights(lm: LanguageModel, weights: Mapping[str, Tensor], folder: Path, vocab: int, *, untied: bool) -> None:
+    """Writes a model for an engine, in the precision in which it computes.
 
     Rows of the embedding and of the head behind `vocab` are left out, so that no id there can be generated: they are
     padding, or tokens that not all models of the run have.
@@ -36,11 +41,8 @@ def save_weights(
         weights: Its weights by the names of its folder.
         folder: Its folder; what was there before is removed. Nothing in it has to outlive the machine.
         vocab: Only ids below this are tokens.
-        untied: Write a head that is the embedding as a tensor of its own. On a CPU vLLM packs the head when it starts,
+        untied: Write a head that is the embedding as a tensor of its own: on a CPU vLLM packs the head when it starts,
             and a reload would leave that copy as it was.
-
-    Returns:
-        The text part of the configuration.
 
     Raises:
         RunError: The disk is full or the folder cannot be written.
@@ -62,22 +64,34 @@ def save_weights(
     state = {name: given(name, tensor) for name, tensor in weights.items()}
     bare = lm.model.generation_config
     try:
-        remove(folder)
-        folder.mkdir()
-        lm.model.generation_config = lm.saved_generation
-        with _tied(lm.model.config, not untied):
-            lm.model.save_pretrained(folder, state_dict=state)
-        # Whoever asks for a completion says where it stops and how it is sampled.
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        return _with_vocab(folder / "config.json", vocab)
-    except Exception as error:
+        with writing(folder):
+            remove(folder)
+            folder.mkdir()
+            lm.model.generation_config = lm.saved_generation
+            with _tied(lm.model.config, not untied):
+                lm.model.save_pretrained(folder, state_dict=state)
+            # Whoever asks for a completion says where it stops and how it is sampled.
+            (folder / "generation_config.json").unlink(missing_ok=True)
+            _with_vocab(folder / "config.json", vocab)
+    finally:
+        lm.model.generation_config = bare
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within, a folder is written; where that fails, nothing of it stays.
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:  # a tokenizer that meets a full disk raises a plain Exception
         with contextlib.suppress(OSError):
             remove(folder)
         if not isinstance(error, OSError | SafetensorError) and not disk_full(error):
             raise
         raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
-    finally:
-        lm.model.generation_config = bare
 
 
 def _rows(lm: LanguageModel) -> set[str]:
@@ -104,10 +118,9 @@ def _tied(config: Any, stays: bool) -> Iterator[None]:
             setattr(own, key, value)
 
 
-def _with_vocab(path: Path, vocab: int) -> dict[str, Any]:
-    """Sets the number of ids in a configuration, and returns its text part."""
+def _with_vocab(path: Path, vocab: int) -> None:
+    """Sets the number of ids in a configuration."""
     config = json.loads(path.read_text(encoding="utf-8"))
     text = config.get("text_config", config)
     text["vocab_size"] = min(vocab, int(text["vocab_size"]))
     write_text(path, json.dumps(config, indent=2))
-    return text

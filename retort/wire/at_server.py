@@ -1,4 +1,4 @@
-"""Models that whoever started this process also serves, so that it need not load them."""
+"""What whoever started this process also serves, so that it need not have it itself: models and environments."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ VARIABLE = "RETORT_SERVED"
 
 
 def at_server(path: str) -> str:
-    """The address at which a model is served to this process, or the path as it is."""
+    """The address at which a model, or an environment, is served to this process, or the path as it is."""
     return json.loads(os.environ.get(VARIABLE, "{}")).get(path, path)
