@@ -104,8 +104,7 @@ class Crew:
         Raises:
             LostError: The actor that keeps it is gone.
         """
-        (found,) = self._got([self._mailbox.collect.remote()], self._config.cluster.hangs)
-        return found
+        return self._asked_mailbox(self._mailbox.collect)
 
     def finished(self, seconds: float) -> bool:
         """Whether all ranks have ended in order, and the driver has heard all; it waits for a while.
@@ -275,6 +274,21 @@ class Crew:
             if one.began:
                 self._note(f"{self._services[number].words} had ended, and was started again")
 
+    def _asked_mailbox(self, method: Any) -> Any:
+        """What the mailbox answers to a call without arguments.
+
+        Raises:
+            LostError: It is gone. A machine may have taken ranks with it: then the line begins with them.
+        """
+        try:
+            (found,) = self._got([method.remote()], self._config.cluster.hangs)
+        except LostError as error:
+            ended, _ = self._ray.wait(list(self._running), timeout=_AFTER) if self._running else ([], [])
+            _, lost = self._outcomes(ended)
+            known = "; ".join([*lost, "the actor that hears the ranks is gone, too"]) if lost else str(error)
+            raise LostError(known) from None
+        return found
+
     def _end_hanging(self) -> None:
         """Ends actors that gave no sign of life for `cluster.hangs` seconds.
 
@@ -282,7 +296,7 @@ class Crew:
             LostError: It was a rank, or the actor that takes the signs.
         """
         hangs = self._config.cluster.hangs
-        (silent,) = self._got([self._mailbox.silent.remote()], hangs)
+        silent = self._asked_mailbox(self._mailbox.silent)
         for own, actor in zip(self._services, self._servers, strict=True):
             if silent.get(own.name, 0) > hangs:
                 self._note(f"{own.words} gave no sign of life for {hangs:g} seconds: it is ended")
