@@ -139,6 +139,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     # Two processes write with a copy of the student each, whose slices are gathered for that.
     "workers": {"method": {"name": "exopd"}, "lora": {"rank": 4}, "rollout": {"workers": 2}},
+    # Completions that go on in the next batch are known to all ranks, and each continues its part of them.
+    "resumed": {
+        "method": {"name": "opd", "samples": 2},
+        "rollout": {"partial": "resume", "segment_tokens": 5},
+        **LONGER,
+    },
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
