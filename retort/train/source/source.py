@@ -155,7 +155,7 @@ class Source:
         """Teachers are asked when a batch is learnt from."""
 
     def stages(self, times: Mapping[str, float]) -> dict[str, float]:
-        """The times of a step as they are, as a batch is written while the step waits for it; how old its tokens are."""
+        """The times of a step as they are, for it waits while its batch is written; and how old its tokens are."""
         return {**times, **self._ages}
 
     def close(self) -> None:
