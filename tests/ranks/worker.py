@@ -141,8 +141,10 @@ CASES: dict[str, dict[str, Any]] = {
     "workers": {"method": {"name": "exopd"}, "lora": {"rank": 4}, "rollout": {"workers": 2}},
     # Completions that go on in the next batch are known to all ranks, and each continues its part of them.
     "resumed": {
+        "student": PLAYING,
+        "limit": None,
         "method": {"name": "opd", "samples": 2},
-        "rollout": {"partial": "resume", "segment_tokens": 5},
+        "rollout": {"partial": "resume", "segment_tokens": 4},
         **LONGER,
     },
     # Each rank its slice of the vocabulary.
