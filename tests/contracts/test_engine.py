@@ -30,6 +30,7 @@ from retort.rollout.engines.pool import PoolSettings, WorkerPool
 from retort.rollout.engines.sample import nucleus
 from retort.rollout.engines.served import ServedEngine
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
+from retort.rollout.engines.vllm_pool import VLLMPool
 
 VOCAB = 58
 ROOM = 12
@@ -72,6 +73,18 @@ def with_workers(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) ->
     lm: Any = case.engine.lm  # type: ignore[attr-defined]
     engine = WorkerPool(lm, VOCAB, PoolSettings(1, parallel=3), probe=[TokenSequence.of([5, 9])])
     engine.open(tmp_path_factory.mktemp("workers") / "engine")
+    yield replace(case, engine=engine)
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def with_vllm_worker(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    """One process with a vLLM of its own for all tests."""
+    case = by_hf(model_folder(seed=5, head_dim=32), loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    settings = PoolSettings(1, parallel=8, more=(f"--vllm={PYTHON}",))
+    engine = VLLMPool(lm, VOCAB, settings, probe=[TokenSequence.of([5, 9])])
+    engine.open(tmp_path_factory.mktemp("vllm-worker") / "engine")
     yield replace(case, engine=engine)
     engine.close()
 
@@ -135,10 +148,11 @@ ENGINES: dict[str, Callable[..., Case]] = {
     "scripted": scripted,
 }
 #: Engines with processes of their own, by the fixture that keeps one for all tests.
-KEPT = {"workers": "with_workers", "vLLM": "with_vllm"}
+KEPT = {"workers": "with_workers", "vLLM": "with_vllm", "workers with vLLM": "with_vllm_worker"}
+VLLM = [pytest.param(name, marks=pytest.mark.engines) for name in KEPT if "vLLM" in name]
 
 
-@pytest.fixture(params=[*ENGINES, "workers", pytest.param("vLLM", marks=pytest.mark.engines)])
+@pytest.fixture(params=[*ENGINES, "workers", *VLLM])
 def case(request: pytest.FixtureRequest, model_folder: Any, image_folder: Any) -> Iterator[Case]:
     if request.param in KEPT:
         found = request.getfixturevalue(KEPT[request.param])
