@@ -15,7 +15,7 @@ from retort.models.files import read_model
 from retort.models.load import load_model
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
-from retort.rollout.engines.vllm_writer import VLLMSettings, VLLMWriter
+from retort.rollout.engines.vllm_generator import VLLMGenerator, VLLMSettings
 
 
 class Weights(BaseModel):
@@ -138,15 +138,15 @@ class VLLMCopy:
         """
         self._device, self._python, self._options = _device(device), python, tuple(options)
         self._trusts, self._threads = trust_remote_code, threads
-        self._writer: VLLMWriter | None = None
+        self._vllm: VLLMGenerator | None = None
 
     def read(self, asked: Weights) -> bool:
         """See `Copy`."""
-        fresh, folder = self._writer is None, Path(asked.folder)
+        fresh, folder = self._vllm is None, Path(asked.folder)
         try:
-            if self._writer is None:
-                self._writer = self._started(asked, folder.with_name(f"worker-{asked.number}"))
-            self._writer.read(folder, asked.version)
+            if self._vllm is None:
+                self._vllm = self._started(asked, folder.with_name(f"worker-{asked.number}"))
+            self._vllm.read(folder, asked.version)
         except (UserError, UnreachableError, OSError) as error:
             self._lose()
             raise UserError(str(error)) from None
@@ -154,19 +154,19 @@ class VLLMCopy:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Copy`."""
-        assert self._writer is not None
+        assert self._vllm is not None
         try:
-            return self._writer.write(requests, sampling)
+            return self._vllm.generate(requests, sampling)
         except (UnreachableError, SignalError):
             self._lose()
             raise
 
-    def _started(self, asked: Weights, logs: Path) -> VLLMWriter:
+    def _started(self, asked: Weights, logs: Path) -> VLLMGenerator:
         logs.mkdir(exist_ok=True)
         settings = VLLMSettings(
             self._python, self._options, max_parallel=asked.parallel, trust_remote_code=self._trusts
         )
-        return VLLMWriter(
+        return VLLMGenerator(
             settings,
             logs,
             rows=asked.vocab,
@@ -187,9 +187,9 @@ class VLLMCopy:
         return {**threads, "CUDA_VISIBLE_DEVICES": own}
 
     def _lose(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
+        if self._vllm is not None:
+            self._vllm.close()
+        self._vllm = None
 
 
 def _device(name: str) -> torch.device:

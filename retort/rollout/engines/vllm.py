@@ -11,15 +11,15 @@ from torch import Tensor
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.follower import Follower
 from retort.rollout.engines.saved import save_weights
-from retort.rollout.engines.vllm_writer import VLLMSettings, VLLMWriter, check_request, check_sampling, room_of
+from retort.rollout.engines.vllm_generator import VLLMGenerator, VLLMSettings, check_request, check_sampling, room_of
 
 
 @dataclass(eq=False)
 class VLLMEngine(Follower[VLLMSettings]):
     """Has vLLM generate, which reads the model's weights from a folder anew whenever they have changed.
 
-    See `VLLMWriter` for how it draws. The server starts when weights are first needed, and ends with `close`, with the
-    engine, and with the process.
+    See `VLLMGenerator` for how it draws. The server starts when weights are first needed, and ends with `close`, with
+    the engine, and with the process.
 
     Attributes: see `Follower`.
     """
@@ -27,7 +27,7 @@ class VLLMEngine(Follower[VLLMSettings]):
     name = "vLLM"
     instead = "rollout.engine=own"
 
-    _writer: VLLMWriter | None = field(default=None, init=False)
+    _vllm: VLLMGenerator | None = field(default=None, init=False)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine`.
@@ -50,15 +50,15 @@ class VLLMEngine(Follower[VLLMSettings]):
     @property
     def pids(self) -> list[int]:
         """Processes that were started here, each with its group."""
-        return [] if self._writer is None or self._writer.pid is None else [self._writer.pid]
+        return [] if self._vllm is None or self._vllm.pid is None else [self._vllm.pid]
 
     @property
     def _cpu(self) -> bool:
         return self.lm.device.type == "cpu"
 
     def _written(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        assert self._writer is not None
-        return self._writer.write(requests, sampling)
+        assert self._vllm is not None
+        return self._vllm.generate(requests, sampling)
 
     def _save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         save_weights(self.lm, weights, folder, self.rows, untied=self._cpu)
@@ -66,16 +66,16 @@ class VLLMEngine(Follower[VLLMSettings]):
     def _begin(self, folder: Path, version: int) -> None:
         assert self._folder is not None
         stops, precision = self.lm.stops.ids, self.lm.precision
-        self._writer = VLLMWriter(
+        self._vllm = VLLMGenerator(
             self.settings, self._folder, self.rows, self.longest, stops, precision=precision, cpu=self._cpu
         )
-        self._writer.read(folder, version)
+        self._vllm.read(folder, version)
 
     def _load(self, folder: Path, version: int) -> None:
-        assert self._writer is not None
-        self._writer.read(folder, version)
+        assert self._vllm is not None
+        self._vllm.read(folder, version)
 
     def _end(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
+        if self._vllm is not None:
+            self._vllm.close()
+        self._vllm = None

@@ -11,14 +11,14 @@ from torch import Tensor
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.pool import WorkerPool
 from retort.rollout.engines.saved import save_weights
-from retort.rollout.engines.vllm_writer import check_request, check_sampling, room_of
+from retort.rollout.engines.vllm_generator import check_request, check_sampling, room_of
 
 
 @dataclass(eq=False)
 class VLLMPool(WorkerPool):
     """Has workers generate whose copy of the model is in a vLLM of their own (`retort.serve.copies.VLLMCopy`).
 
-    Which completion a request gets depends on its first uniform, not on the worker; see `VLLMWriter`. One whose vLLM
+    Which completion a request gets depends on its first uniform, not on the worker; see `VLLMGenerator`. One whose vLLM
     ends has it started again, and is asked the same again.
 
     Attributes: see `Follower`.

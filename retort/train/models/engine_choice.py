@@ -10,7 +10,7 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.models.described import describe
 from retort.ranks import CLUSTER, here
-from retort.rollout.engines.vllm_writer import has_vllm
+from retort.rollout.engines.vllm_generator import has_vllm
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
 

@@ -16,9 +16,9 @@ from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.engines.follower import PROBE_PROMPTS
 from retort.rollout.engines.pool import PoolSettings, WorkerPool
 from retort.rollout.engines.vllm import VLLMEngine
+from retort.rollout.engines.vllm_generator import VLLMSettings, has_vllm
 from retort.rollout.engines.vllm_pool import VLLMPool
 from retort.rollout.engines.vllm_server import vllm_of
-from retort.rollout.engines.vllm_writer import VLLMSettings, has_vllm
 from retort.wire.workers import placed
 
 #: Arguments of the server that are chosen here.

@@ -53,7 +53,7 @@ def has_vllm() -> bool:
 
 
 @dataclass(eq=False)
-class VLLMWriter:
+class VLLMGenerator:
     """A server of vLLM, and the weights that it last read. It starts when it first reads some.
 
     vLLM has a sampler of its own: of a request's uniforms only the first counts, from which its seed is made. The same
@@ -111,7 +111,7 @@ class VLLMWriter:
         self._server.post("/update_weight_version", {"new_version": str(version)})
         self.version = version
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Completions of requests that `checked` lets through, in order.
 
         Raises:
