@@ -46,10 +46,11 @@ def summary(prepared: Prepared) -> dict[str, str]:
 def _generated_by(prepared: Prepared) -> str:
     asked = prepared.config.rollout
     ahead = f", at most {counted(asked.staleness, 'step')} ahead" if asked.staleness else ""
-    if asked.workers:
+    if asked.engine != "vllm":
         return f"{counted(asked.workers, 'worker')}, each a process with a copy of the student{ahead}"
     corrected = "policy gradients corrected for it" if asked.correction == "truncated" else "uncorrected"
-    return f"vLLM of {asked.vllm_python}, in a process of its own, {corrected}{ahead}"
+    where = f"in each of {counted(asked.workers, 'worker')}" if asked.workers else "in a process of its own"
+    return f"vLLM of {asked.vllm[0]}, {where}, {corrected}{ahead}"
 
 
 def _rubricator(config: Config) -> str:
