@@ -82,6 +82,7 @@ class Ahead:
             score: Has teachers score a batch that is written.
         """
         self._score = score
+        self._lane = source.world.lane()
         self._source, self._engine, self._staleness, self._at, self._steps = source, engine, staleness, at, steps
         self.version, self.failed = 0, tuple[str, ...]()
         self._given_up = 0
@@ -246,6 +247,10 @@ class Ahead:
 
     def _work(self) -> None:
         """What the thread does: it writes what is asked for, in order, until nothing is or something fails."""
+        with self._lane():
+            self._write()
+
+    def _write(self) -> None:
         while True:
             with self._changed:
                 if not self._queue:
