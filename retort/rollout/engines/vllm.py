@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,13 @@ class VLLMEngine(Follower[VLLMSettings]):
     _server: VLLMServer | None = field(default=None, init=False)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """See `Engine`.
+        """See `Engine`, and `generate_each`."""
+        return self.generate_each(requests, sampling, _nobody)
+
+    def generate_each(
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: Callable[[int, Completion], None]
+    ) -> list[Completion]:
+        """See `EarlyEngine`.
 
         Raises:
             UserError: Also where vLLM cannot sample like that, or a sequence would be longer than it was started for.
@@ -80,7 +86,7 @@ class VLLMEngine(Follower[VLLMSettings]):
         if not requests:
             return []
         self.follow()
-        return self._asked(requests, rooms, sampling)
+        return self._asked(requests, rooms, sampling, on_completion)
 
     @property
     def _cpu(self) -> bool:
@@ -136,12 +142,18 @@ class VLLMEngine(Follower[VLLMSettings]):
         return Completion(ids, logp_A, Status.COMPLETED if ends[-1] else Status.TRUNCATED, self.version)
 
     def _written(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        return self._asked(requests, [len(own.uniforms) for own in requests], sampling)
+        return self._asked(requests, [len(own.uniforms) for own in requests], sampling, _nobody)
 
-    def _asked(self, requests: Sequence[Request], rooms: Sequence[int], sampling: Sampling) -> list[Completion]:
+    def _asked(
+        self,
+        requests: Sequence[Request],
+        rooms: Sequence[int],
+        sampling: Sampling,
+        on_completion: Callable[[int, Completion], None],
+    ) -> list[Completion]:
         assert self._server is not None
         places = list(range(len(requests)))
-        return self._server.each(lambda i: self._completion(requests[i], rooms[i], sampling), places)
+        return self._server.each(lambda i: self._completion(requests[i], rooms[i], sampling), places, on_completion)
 
     def _save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         save_weights(self.lm, weights, folder, self.rows, untied=self._cpu)
@@ -183,6 +195,10 @@ class VLLMEngine(Follower[VLLMSettings]):
         """Has every answer say from now on that these weights wrote it."""
         assert self._server is not None
         self._server.post("/update_weight_version", {"new_version": str(version)})
+
+
+def _nobody(place: int, completion: Completion) -> None:
+    """Is told, and does nothing."""
 
 
 def _read(answer: Any) -> tuple[list[int], list[float], set[str]]:
