@@ -58,7 +58,13 @@ def _with_states(found: Dense, parts: Sequence[Dense]) -> Dense:
         return found
     states, whole = _rows([factor.states for factor in factors], parts), factors[0].whole
     found = replace(found, factors=Factors(states, factors[0].logits, whole))
-    return found if whole is None else replace(found, logits=lambda index_C: whole(states(index_C)))
+    if whole is None:
+        return found
+
+    def logits(index_C: Tensor | slice) -> Tensor:
+        return whole(states(index_C))
+
+    return replace(found, logits=logits)
 
 
 def _rows(
