@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -181,11 +182,11 @@ def scored_elsewhere(seconds: float, *, by_group: bool) -> Iterator[None]:
         time.sleep(seconds / PROMPTS * (REQUESTS if by_group else len(groups)))
         return score(self, method, groups, *more)
 
-    elsewhere = property(lambda self: dict(self.models))
+    server = SimpleNamespace(scores=[], listen=lambda say: None, verify=lambda tolerance: None)
+    elsewhere = property(lambda self: dict.fromkeys(self.models, server))
     asked = partial(EarlyTeachers, requests=REQUESTS if by_group else 0)
-    silent = {"verify": lambda self, step: None, "listen": lambda self, say: None}
     with (
-        mock.patch.multiple(Teachers, score=slow, remote=elsewhere, **silent),
+        mock.patch.multiple(Teachers, score=slow, remote=elsewhere),
         mock.patch.object(prepare, "EarlyTeachers", lambda teachers, requests: asked(teachers)),
     ):
         yield
