@@ -137,6 +137,19 @@ class RolloutSection(Section):
         "most: so many batches are written ahead (docs/overlap.md); 0: none, every batch is written when it is due",
     )
 
+    partial: Literal["wait", "drop", "resume"] = Field(
+        default="wait",
+        description="completions that have not ended after segment_tokens tokens of a batch: wait, there is no such "
+        "budget, and a batch waits for the longest; drop, they are left out and counted; resume, they are kept and go "
+        "on in the next batch (docs/overlap.md)",
+    )
+    segment_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="most tokens that a completion gets in one batch, where rollout.partial is drop or resume; less "
+        "than max_new_tokens",
+    )
+
     @field_validator("date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:

@@ -32,10 +32,10 @@ pytestmark = pytest.mark.ranks
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from worker import ADDRESSES, CACHING, CASES, JUDGED, SERVED, SMALL  # noqa: E402
+from worker import ADDRESSES, CACHING, CASES, JUDGED, SERVED, SMALL, WRITTEN  # noqa: E402
 
 #: Those of which a run in one process is compared with one on two ranks.
-ALIKE = [name for name in CASES if not name.startswith("plain")]
+ALIKE = [name for name in CASES if not name.startswith("plain") and name not in WRITTEN]
 BF16 = ["plain_bf16", "plain_bf16_lora"]
 #: And of these with one on three ranks: both estimators, statistics of the whole batch, a teacher that moves, LoRA.
 THREE = ["opd", "gkd", "dasd", "sdpo", "lora"]
@@ -118,7 +118,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, servers: dict[str, str]) -> Pa
     # At once, because much of this is one process that starts two, and two that wait for one another.
     with ThreadPoolExecutor(len(KILLED)) as pool:
         list(pool.map(lambda name: killed(folder, name, *KILLED[name]), KILLED))
-    return work(2, folder, *ALIKE, *BF16, "plain", *KILLED, "sdpo+1", CACHING, servers=servers)
+    return work(2, folder, *ALIKE, *BF16, *WRITTEN, "plain", *KILLED, "sdpo+1", CACHING, servers=servers)
 
 
 def killed(folder: Path, name: str, rank: int, step: int, moment: float | str) -> None:
@@ -176,6 +176,19 @@ def same(one: Path, other: Path, name: str, ranks: int) -> None:
     assert apart(weights(one / name, len(alone)), weights(other / name, len(alone))) < TOLERANCE
     exported = [load_file(folder / name / "model" / "model.safetensors") for folder in (one, other)]
     assert apart(*exported) < TOLERANCE
+
+
+def test_workers_write_what_the_ranks_would(two: Path) -> None:
+    """To the last bit, in fp32 and with an adapter, whose weights the workers get merged into those of the model."""
+    helped, alone = (rows(two, name, 2) for name in WRITTEN)
+    assert len(helped) == len(alone) == SMALL["steps"]
+    for mine, own in zip(helped, alone, strict=True):
+        assert mine.keys() - own.keys() == {"engine/noise_floor", "engine/restarts"}
+        # Log-probs of what is learnt beside those of what wrote: 1e-3 nats apart where these are of the step before.
+        assert max(own.pop("noise_floor"), mine["noise_floor"], mine["engine/noise_floor"]) < 1e-5
+        assert {metric for metric, value in own.items() if mine[metric] != value == value} == set()
+    mine, own = (weights(two / name, len(alone)) for name in WRITTEN)
+    assert all(torch.equal(mine[name], own[name]) for name in own)
 
 
 @pytest.mark.parametrize("name", BF16)

@@ -15,22 +15,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from retort.align.images import ImageTokens
 from retort.core.sequences import TokenSequence
 from retort.errors import RetortError, UnreachableError, UserError
 from retort.files import remove
 from retort.models.lm import LanguageModel
 from retort.ranks import World, here
 from retort.rollout.engines.base import Completion, Request, Sampling
+from retort.rollout.engines.of_model import OfModel
 from retort.rollout.engines.saved import save_weights, weights_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 #: Tokens of each completion by which both sides are compared, and prompts that are completed for that.
 PROBE_TOKENS, PROBE_PROMPTS = 16, 8
@@ -62,7 +59,7 @@ class _Kept:
 
 
 @dataclass(eq=False)
-class Follower(ABC, Generic[S]):
+class Follower(OfModel[LanguageModel], ABC, Generic[S]):
     """An engine that reads the model's weights from a folder anew whenever they have changed.
 
     Of several ranks the first one writes and sends the weights; all of them call `update`, `keep` and `close`, and
@@ -84,6 +81,7 @@ class Follower(ABC, Generic[S]):
     #: What it is called in messages, and the setting that does without it.
     name: ClassVar[str]
     instead: ClassVar[str]
+    reads_images: ClassVar[bool] = False
 
     lm: LanguageModel
     vocab: int
@@ -100,21 +98,6 @@ class Follower(ABC, Generic[S]):
     _begun: bool = field(default=False, init=False)
     _waits: bool = field(default=False, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Engine`."""
-        return self.lm.tokenizer
-
-    @property
-    def context(self) -> int:
-        """See `Engine`."""
-        return self.lm.context
-
-    @property
-    def image_tokens(self) -> ImageTokens | None:
-        """See `Engine`; None: images are not handed on."""
-        return None
 
     @property
     def longest(self) -> int:
