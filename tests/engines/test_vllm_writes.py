@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,9 @@ from retort.errors import UnreachableError, UserError
 from retort.models.load import load_model
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
+from retort.rollout.engines.pool import PoolSettings
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
+from retort.rollout.engines.vllm_pool import VLLMPool
 from retort.tasks import countdown
 from retort.train import runner
 
@@ -140,6 +143,29 @@ def alive(folder: Path) -> list[int]:
         if str(folder).encode() in told and int(path.name) != os.getpid():
             found.append(int(path.name))
     return found
+
+
+def test_a_worker_whose_vllm_ends_starts_it_again_and_the_same_is_written(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    lm = load_model(str(countdown.student_path()), role="student", precision="fp32", device=cpu)
+    pool = VLLMPool(lm, VOCAB, PoolSettings(1, more=(f"--vllm={PYTHON}",)), probe=PROBE)
+    pool.open(tmp_path / "engine")
+    try:
+        pool.update(0)
+        before, processes = ids(pool.generate(requests(8), Sampling(ROOM))), alive(tmp_path)
+        assert processes and not set(processes) & set(pool.pids)
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):  # the first one takes the others along
+                os.kill(pid, signal.SIGKILL)
+        assert ids(pool.generate(requests(8), Sampling(ROOM))) == before
+        assert pool.metrics()["engine/restarts"] == 1
+        assert (tmp_path / "engine" / "worker-0" / "vllm.log").is_file()
+    finally:
+        pool.close()
+    ends = time.monotonic() + 60
+    while alive(tmp_path) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not alive(tmp_path)
 
 
 def killed(settings: dict[str, Any], folder: Path, steps: int) -> Path:
