@@ -30,6 +30,7 @@ from retort.rollout.engines.pool import PoolSettings, WorkerPool
 from retort.rollout.engines.sample import nucleus
 from retort.rollout.engines.served import ServedEngine
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
+from retort.rollout.engines.vllm_pool import VLLMPool
 
 VOCAB = 58
 ROOM = 12
@@ -45,6 +46,7 @@ class Case:
         logp: Log-probs [A, V] of every id before each of some ids written after a context, as drawn under a sampling.
         seen: Contexts with images, of which the first two differ in nothing else; empty for a model of text alone.
         until: Ends what the engine needs.
+        draws: Whether it draws with each of a request's random numbers; else it has a sampler of its own.
     """
 
     engine: Engine
@@ -52,6 +54,7 @@ class Case:
     logp: Callable[[TokenSequence, list[int], Sampling], Tensor]
     seen: tuple[TokenSequence, ...] = ()
     until: ExitStack = field(default_factory=ExitStack)
+    draws: bool = True
 
 
 def in_process(model_folder: Callable[..., Path], *_: Any, loops: bool) -> Case:
@@ -101,7 +104,7 @@ def with_vllm(model_folder: Callable[..., Path], _: Any, folder: Path) -> Case:
     case = by_hf(model_folder(seed=5, head_dim=32), loops=True)
     lm: Any = case.engine.lm  # type: ignore[attr-defined]
     engine = VLLMEngine(lm, VOCAB, VLLMSettings(str(PYTHON), max_parallel=8), probe=[TokenSequence.of([5, 9])])
-    return following(case, engine, folder)
+    return replace(following(case, engine, folder), draws=False)
 
 
 def with_workers(model_folder: Callable[..., Path], _: Any, folder: Path) -> Case:
@@ -109,6 +112,15 @@ def with_workers(model_folder: Callable[..., Path], _: Any, folder: Path) -> Cas
     lm: Any = case.engine.lm  # type: ignore[attr-defined]
     engine = WorkerPool(lm, VOCAB, PoolSettings(1, parallel=3), probe=[TokenSequence.of([5, 9])])
     return following(case, engine, folder)
+
+
+def with_vllm_worker(model_folder: Callable[..., Path], _: Any, folder: Path) -> Case:
+    """A process that has a vLLM of its own."""
+    case = by_hf(model_folder(seed=5, head_dim=32), loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    settings = PoolSettings(1, parallel=8, more=(f"--vllm={PYTHON}",))
+    engine = VLLMPool(lm, VOCAB, settings, probe=[TokenSequence.of([5, 9])])
+    return replace(following(case, engine, folder), draws=False)
 
 
 def following(case: Case, engine: Any, folder: Path) -> Case:
@@ -136,13 +148,17 @@ ENGINES: dict[str, Callable[..., Case]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*ENGINES, pytest.param("vLLM", marks=pytest.mark.engines)])
+#: Those whose tests are in the tier that has vLLM.
+VLLM: dict[str, Callable[..., Case]] = {"vLLM": with_vllm, "workers with vLLM": with_vllm_worker}
+
+
+@pytest.fixture(scope="module", params=[*ENGINES, *(pytest.param(name, marks=pytest.mark.engines) for name in VLLM)])
 def kept(
     request: pytest.FixtureRequest, model_folder: Any, image_folder: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
     """One engine for all tests."""
     folder = tmp_path_factory.mktemp("engine")
-    found = {**ENGINES, "vLLM": with_vllm}[request.param](model_folder, image_folder, folder)
+    found = {**ENGINES, **VLLM}[request.param](model_folder, image_folder, folder)
     with found.until:
         yield found
 
@@ -219,6 +235,27 @@ def test_a_shorter_limit_only_cuts_and_each_request_may_have_its_own(case: Case)
             assert len(cut.logp_A) == len(cut.ids)
             assert cut.status == (one.status if len(one.ids) <= room else Status.TRUNCATED)
     assert any(len(cut.ids) < len(one.ids) for cut, one in zip(by_numbers, whole, strict=True))
+
+
+def test_a_completion_that_is_resumed_is_the_same_one(case: Case) -> None:
+    """It goes on behind its first tokens, with the random numbers of the others."""
+    whole = case.engine.generate(requests(), Sampling(ROOM, 1.3))
+    rooms = [len(own.ids) // 2 for own in whole]
+    going = [n for n, room in enumerate(rooms) if room]
+    assert len(going) > 3
+    behind = [
+        Request(own.context.then(whole[n].ids[: rooms[n]], decided=True), own.uniforms[rooms[n] :])
+        for n, own in enumerate(requests())
+        if n in going
+    ]
+    resumed, again = (case.engine.generate(behind, Sampling(ROOM, 1.3)) for _ in range(2))
+    assert [own.ids for own in resumed] == [own.ids for own in again]
+    for n, more in zip(going, resumed, strict=True):
+        assert 0 < len(more.ids) == len(more.logp_A) <= ROOM - rooms[n]
+        assert more.status == Status.COMPLETED or len(more.ids) == ROOM - rooms[n]
+        if case.draws:
+            assert (more.ids, more.status) == (whole[n].ids[rooms[n] :], whole[n].status)
+            torch.testing.assert_close(more.logp_A, whole[n].logp_A[rooms[n] :], rtol=1e-4, atol=1e-5)
 
 
 def test_media_are_read_or_refused(case: Case) -> None:

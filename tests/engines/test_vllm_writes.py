@@ -102,9 +102,8 @@ def test_weights_that_are_refused_or_others_leave_the_old_ones_at_work(engine: V
 
 def test_a_server_that_is_gone_is_one_line(engine: VLLMEngine) -> None:
     """The last test of this engine: one that is asked again would start it anew."""
-    server = engine._server  # pyright: ignore[reportPrivateUsage]
-    assert server is not None
-    os.killpg(server.pid, signal.SIGKILL)
+    (pid,) = engine.pids
+    os.killpg(pid, signal.SIGKILL)
     with pytest.raises(UnreachableError, match=r"vLLM has ended.*its log: .*vllm\.log"):
         engine.generate(requests(), Sampling(ROOM))
 

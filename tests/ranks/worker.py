@@ -143,6 +143,12 @@ CASES: dict[str, dict[str, Any]] = {
     # The same in fp32, and with the ranks' own loop; no token is weighed by its log-prob, which both round differently.
     "written by workers": {"method": UNWEIGHTED, "lora": {"rank": 4}, "rollout": {"workers": 2}},
     "written by ranks": {"method": UNWEIGHTED, "lora": {"rank": 4}},
+    # Completions that go on in the next batch are known to all ranks, and each continues its part of them.
+    "resumed": {
+        "method": {"name": "opd", "samples": 2},
+        "rollout": {"partial": "resume", "segment_tokens": 5},
+        **LONGER,
+    },
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},

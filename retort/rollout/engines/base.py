@@ -59,7 +59,8 @@ class Request:
     """A request for one completion.
 
     Attributes:
-        context: Tokens and media that it follows; which of them were decided does not matter.
+        context: Tokens and media that it follows; which of them were decided does not matter. A completion goes on
+            where it was interrupted if they end with its first tokens, and `uniforms` are those of the others.
         uniforms: Random numbers in [0, 1), one per token that may be generated, float64: the only source of randomness.
             A completion is never longer than there are numbers. An engine with a sampler of its own (vLLM) makes its
             seed of the first one: the same numbers give the same completion, but not that of another engine.

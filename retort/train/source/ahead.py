@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,9 @@ from retort.errors import RetortError
 from retort.method import Method
 from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.plan import RolloutPlan
+from retort.train.source.ages import token_ages
 from retort.train.source.source import Source
+from retort.train.source.unended import Unended
 from retort.train.source.waiting_batches import WaitingBatch, stored, unstored
 
 #: Seconds that the end of a run waits for the thread, once the engine is closed.
@@ -60,6 +62,7 @@ class Ahead:
     Attributes:
         version: Version of the weights that wrote the last batch that was taken.
         failed: As of `Source`, of that batch.
+        unended: As of `Source`, of that batch.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Ahead:
         """
         self._score = score
         self._source, self._engine, self._staleness, self._at, self._steps = source, engine, staleness, at, steps
-        self.version, self.failed = 0, tuple[str, ...]()
+        self.version, self.failed, self.unended = 0, tuple[str, ...](), Unended()
         self._given_up = 0
         self._changed = threading.Condition()
         self._own = threading.local()
@@ -138,13 +141,14 @@ class Ahead:
             there = replace(there, controller_outputs=clock.controller_outputs)
             self._ask(_Job(step, own, there, version, difficulty))
         self._taken = taken = self._take(clock.step)
-        self.version, self.failed, self._given_up = taken.version, taken.failed, self._given_up + taken.given_up
+        self.version, self.failed, self.unended = taken.version, taken.failed, taken.unended
+        self._given_up += taken.given_up
         self._times = {
             "time/sync": kept - began,
             "time/wait": time.perf_counter() - kept,
             "time/generate": taken.seconds,
             **({"time/teacher": taken.asking} if taken.signals else {}),
-            **_staleness(taken.groups, version),
+            **token_ages(taken.groups, version),
         }
         return taken.groups
 
@@ -275,10 +279,12 @@ class Ahead:
             self._engine.update(job.version)
             groups = source.rollouts(job.method, job.clock, job.version, job.difficulty)
             seconds = time.perf_counter() - began
-        counted = source.given_up - before, tuple(source.failed), seconds
+        counted, unended = (source.given_up - before, tuple(source.failed), seconds), source.unended
         began = time.perf_counter()
         signals = self._score(job.method, job.step, groups)
-        return WaitingBatch(job.step, job.version, groups, *counted, signals, time.perf_counter() - began)
+        return WaitingBatch(
+            job.step, job.version, groups, *counted, signals, time.perf_counter() - began, unended=unended
+        )
 
 
 class _Busy:
@@ -300,18 +306,3 @@ class _Busy:
         """Up to now."""
         since = self._since
         return self._done + (0.0 if since is None else time.perf_counter() - since)
-
-
-def _staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Optimizer steps between the writing and the learning of the student's tokens: mean, most, tokens by number."""
-    found = Counter[int]()
-    for rollout in (rollout for group in groups for rollout in group if rollout.source == "student"):
-        found[version - rollout.policy_version] += rollout.steps
-    total = found.total()
-    if not total:
-        return {}
-    return {
-        "staleness/mean": sum(age * count for age, count in found.items()) / total,
-        "staleness/max": max(found),
-        **{f"staleness/tokens/{age}": count for age, count in sorted(found.items())},
-    }
