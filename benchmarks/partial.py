@@ -34,7 +34,7 @@ from retort.train import runner
 from retort.train.setup import prepare
 
 #: Tokens of the longest completion, of one on average without that limit, and of a segment.
-LONGEST, MEAN, BUDGET = 96, 12, 16
+LONGEST, MEAN, BUDGET = 56, 8, 16
 PROMPTS = 16
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from retort.errors import UserError
 from retort.models.image_trials import with_images
 from retort.models.images import made_up
 from retort.models.load import load_model
-from retort.rollout.engines.base import Engine, Request, Sampling
+from retort.rollout.engines.base import Completion, Engine, Request, Sampling, generated
 from retort.rollout.engines.continuous import ContinuousEngine
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.pool import PoolSettings, WorkerPool
@@ -295,6 +296,18 @@ def test_completions_say_which_weights_wrote_them(case: Case) -> None:
     assert {own.version for own in case.engine.generate(requests(), Sampling(2))} == {0}
     case.engine.update(7)
     assert {own.version for own in case.engine.generate(requests(), Sampling(2))} == {7}
+
+
+def test_each_completion_is_told_once_in_the_thread_of_the_caller(case: Case) -> None:
+    told: dict[int, list[Completion]] = {}
+
+    def take(place: int, completion: Completion) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        told.setdefault(place, []).append(completion)
+
+    found = generated(case.engine, requests(), Sampling(ROOM, 1.3), take)
+    assert all(told.pop(place) == [own] for place, own in enumerate(found)) and not told
+    assert [own.ids for own in found] == [own.ids for own in case.engine.generate(requests(), Sampling(ROOM, 1.3))]
 
 
 def test_nothing_asked_is_nothing_written(case: Case) -> None:

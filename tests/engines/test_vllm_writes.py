@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines.ours import ROOT
+from engines.ours import ROOT, serving
 from engines.vllm import PYTHON
 
 from retort import config as configuration
@@ -142,31 +142,58 @@ def alive(folder: Path) -> list[int]:
     return found
 
 
-def test_a_run_killed_in_the_middle_leaves_no_child_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    whole = runner.start(configuration.resolve(SETTINGS, {}), tmp_path / "whole").go()
-    assert [row["engine/noise_floor"] < 1e-4 for row in whole.metrics] == [True] * 6
-    assert all(row["importance"] == pytest.approx(1.0, abs=1e-3) for row in whole.metrics)
-    assert not alive(tmp_path / "whole")
-    folder = tmp_path / "killed"
-    configuration.save(configuration.resolve(SETTINGS, {}), tmp_path / "given.json")
+def killed(settings: dict[str, Any], folder: Path, steps: int) -> Path:
+    """The folder of a run in a process of its own that is killed after so many steps, when all of it has ended."""
+    given = folder.with_suffix(".json")
+    configuration.save(configuration.resolve(settings, {}), given)
     script = (
         "import sys\nfrom pathlib import Path\nfrom retort import config\nfrom retort.train import runner\n"
-        f"runner.start(config.read_json(Path({str(tmp_path / 'given.json')!r})), Path({str(folder)!r})).go()\n"
+        f"runner.start(config.read_json(Path({str(given)!r})), Path({str(folder)!r})).go()\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as process:
         ends = time.monotonic() + 300
-        while not rows(folder) and process.poll() is None and time.monotonic() < ends:
+        while len(rows(folder)) < steps and process.poll() is None and time.monotonic() < ends:
             time.sleep(0.01)
         process.kill()
     ends = time.monotonic() + 60
     while alive(folder) and time.monotonic() < ends:
         time.sleep(0.05)
     assert not alive(folder)
+    return folder
+
+
+def test_a_run_killed_in_the_middle_leaves_no_child_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    whole = runner.start(configuration.resolve(SETTINGS, {}), tmp_path / "whole").go()
+    assert [row["engine/noise_floor"] < 1e-4 for row in whole.metrics] == [True] * 6
+    assert all(row["importance"] == pytest.approx(1.0, abs=1e-3) for row in whole.metrics)
+    assert not alive(tmp_path / "whole")
+    folder = killed(SETTINGS, tmp_path / "killed", steps=1)
     resumed = runner.resume(folder).go()
     assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in resumed.metrics] == pytest.approx([row["loss"] for row in whole.metrics], abs=1e-3)
     assert not alive(folder)
     assert not list((folder / "engine").glob("weights-*"))
+
+
+def test_it_writes_ahead_of_a_run_and_a_killed_one_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    """Weights are kept by one thread and read by another; a teacher behind a server scores groups as they come."""
+    with serving("countdown:teacher", "precision=fp32", "device=cpu") as url:
+        ahead = {"rollout": {**SETTINGS["rollout"], "staleness": 2}, "optimizer": {"learning_rate": 1e-3, "warmup": 0}}
+        settings = {**SETTINGS, **ahead, "teacher": url, "record": {"rollouts": 100}}
+        whole = runner.start(configuration.resolve(settings, {}), tmp_path / "whole").go()
+        folder = killed(settings, tmp_path / "killed", steps=2)
+        resumed = runner.resume(folder).go()
+    assert [row["staleness/max"] for row in whole.metrics] == [0, 1, 2, 2, 2, 2]
+    assert whole.metrics[0]["importance"] == pytest.approx(1.0, abs=1e-3)
+    assert all(row["engine/noise_floor"] < 1e-4 for row in whole.metrics)
+    assert all(abs(row["importance"] - 1.0) > 1e-4 for row in whole.metrics[2:]), "the student moves meanwhile"
+    for run in (whole, resumed):
+        lines = [json.loads(line) for line in (run.folder / "rollouts.jsonl").read_text().splitlines()]
+        assert {(row["step"], row["policy_version"]) for row in lines} == {(n + 1, max(0, n - 2)) for n in range(6)}
+        assert not alive(run.folder)
+        assert not list((run.folder / "engine").glob("weights-*"))
+    assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in resumed.metrics] == pytest.approx([row["loss"] for row in whole.metrics], abs=1e-3)
 
 
 def test_a_run_that_vllm_does_not_start_for_ends_saved_in_one_line(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ KILLED: dict[str, tuple[int, int, float | str]] = {
     "plain:0+": (0, _draw.randint(3, 5), round(_draw.random(), 4)),
     "plain:1+": (1, _draw.randint(3, 5), round(_draw.random(), 4)),
     "plain:saving+": (0, 3, "checkpoint"),
+    "plain_ahead:1+": (1, _draw.randint(3, 5), round(_draw.random(), 4)),
 }
 
 
@@ -118,12 +119,13 @@ def two(tmp_path_factory: pytest.TempPathFactory, servers: dict[str, str]) -> Pa
     # At once, because much of this is one process that starts two, and two that wait for one another.
     with ThreadPoolExecutor(len(KILLED)) as pool:
         list(pool.map(lambda name: killed(folder, name, *KILLED[name]), KILLED))
-    return work(2, folder, *ALIKE, *BF16, *WRITTEN, "plain", *KILLED, "sdpo+1", CACHING, servers=servers)
+    ahead = ("plain", "plain_ahead", *KILLED)
+    return work(2, folder, *ALIKE, *BF16, *WRITTEN, *ahead, "sdpo+1", CACHING, servers=servers)
 
 
 def killed(folder: Path, name: str, rank: int, step: int, moment: float | str) -> None:
     """Kills a rank in the middle of a run, and waits for the other."""
-    settings = [*flat(configuration.merge(SMALL, CASES["plain"])), f"out={folder / name}"]
+    settings = [*flat(configuration.merge(SMALL, CASES[name.partition(":")[0]])), f"out={folder / name}"]
     words = command(2, str(HERE / "dying.py"), str(rank), str(step), str(moment), *settings)
     # The other one ends at once: this is a guard against one that hangs.
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
@@ -236,7 +238,7 @@ def test_a_killed_rank_ends_the_other_and_nothing_is_lost(two: Path, name: str) 
     assert "exitcode  : -9 " in log
     assert step - 1 <= 6 - len(rows(two, name, 2)) <= step
     assert len((two / name / "metrics.jsonl").read_text().splitlines()) == 6
-    mine, other = weights(two / "plain", 6), weights(two / name, 6)
+    mine, other = weights(two / name.partition(":")[0], 6), weights(two / name, 6)
     assert all(torch.equal(mine[key], other[key]) for key in mine)
     assert not [path for path in (two / name / "checkpoints").iterdir() if path.name.startswith(".writing")]
 

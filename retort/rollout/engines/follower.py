@@ -97,6 +97,7 @@ class Follower(OfModel[LanguageModel], ABC, Generic[S]):
     _now: tuple[Path, int] | None = field(default=None, init=False)
     _begun: bool = field(default=False, init=False)
     _waits: bool = field(default=False, init=False)
+    _newest_kept: int = field(default=-1, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
@@ -124,12 +125,12 @@ class Follower(OfModel[LanguageModel], ABC, Generic[S]):
     def keep(self, version: int) -> None:
         """See `FollowingEngine`; from now on only versions that are asked for are loaded."""
         self._waits = True
-        with self._lock:
-            there = version == self.version or version in self._kept
-        if not there:
+        # What was loaded by now depends on the other thread, and on several ranks all have to write or none.
+        if version != self._newest_kept:
             kept = _Kept(self._saved(version, None), threading.get_ident())
             with self._lock:
                 self._kept[version] = kept
+            self._newest_kept = version
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """Sends weights to the engine, and compares both sides on the probe.
@@ -150,6 +151,8 @@ class Follower(OfModel[LanguageModel], ABC, Generic[S]):
             return
         with self._lock:
             kept = self._kept.pop(version, None) if weights is None else None
+        if self._waits and weights is None and kept is None:  # `close` was called: the model may be learning
+            raise UnreachableError(f"{self.name} was ended before it was to have the weights of version {version}")
         folder = self._saved(version, weights) if kept is None else kept.folder
         moves = kept is not None and (kept.thread != threading.get_ident() or self.newest() != version)
         before, had = self._weights, self.version
@@ -158,6 +161,8 @@ class Follower(OfModel[LanguageModel], ABC, Generic[S]):
             self._meet()
             self.world.first(lambda: self._send(folder, version))
             self._begun, self.version = True, version
+            if kept is None and weights is None:
+                self._newest_kept = version
             if not moves:
                 self._compare()
         except BaseException as error:
@@ -193,7 +198,7 @@ class Follower(OfModel[LanguageModel], ABC, Generic[S]):
         The next completion would start it again, unless someone has called `keep`: that thread may still be at work.
         """
         self._end()
-        self._begun, self.version = False, -1
+        self._begun, self.version, self._newest_kept = False, -1, -1
         with self._lock:
             left = [own.folder for own in self._kept.values()]
             self._kept.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,13 @@ class VLLMEngine(Follower[VLLMSettings]):
     _vllm: VLLMGenerator | None = field(default=None, init=False)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """See `Engine`.
+        """See `Engine`, and `generate_each`."""
+        return self.generate_each(requests, sampling, _nobody)
+
+    def generate_each(
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: Callable[[int, Completion], None]
+    ) -> list[Completion]:
+        """See `EarlyEngine`.
 
         Raises:
             UserError: Also where vLLM cannot sample like that, or a sequence would be longer than it was started for.
@@ -45,7 +51,7 @@ class VLLMEngine(Follower[VLLMSettings]):
         if not requests:
             return []
         self.follow()
-        return self._written(requests, sampling)
+        return self._from(requests, sampling, on_completion)
 
     @property
     def pids(self) -> list[int]:
@@ -57,8 +63,13 @@ class VLLMEngine(Follower[VLLMSettings]):
         return self.lm.device.type == "cpu"
 
     def _written(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        return self._from(requests, sampling, _nobody)
+
+    def _from(
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: Callable[[int, Completion], None]
+    ) -> list[Completion]:
         assert self._vllm is not None
-        return self._vllm.generate(requests, sampling)
+        return self._vllm.generate(requests, sampling, on_completion)
 
     def _save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         save_weights(self.lm, weights, folder, self.rows, untied=self._cpu)
@@ -79,3 +90,7 @@ class VLLMEngine(Follower[VLLMSettings]):
         if self._vllm is not None:
             self._vllm.close()
         self._vllm = None
+
+
+def _nobody(place: int, completion: Completion) -> None:
+    """Does nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,15 +111,25 @@ class VLLMGenerator:
         self._server.post("/update_weight_version", {"new_version": str(version)})
         self.version = version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_completion: Callable[[int, Completion], None] = lambda place, completion: None,
+    ) -> list[Completion]:
         """Completions of requests that `checked` lets through, in order.
+
+        Args:
+            requests: The requests.
+            sampling: Settings of sampling.
+            on_completion: See `EarlyEngine.generate_each`.
 
         Raises:
             SignalError: What vLLM sends are no completions of these requests.
             UnreachableError: It has ended.
         """
         assert self._server is not None
-        return self._server.each(lambda own: self._completion(own, sampling), requests)
+        return self._server.each(lambda own: self._completion(own, sampling), requests, on_completion)
 
     def close(self) -> None:
         """Ends the server; weights that are read later start another."""

@@ -9,7 +9,7 @@ import re
 import subprocess
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _AGAIN = 1.0
 _TRIED = re.compile(r" \((at the first attempt|after \d+ attempts)\).*")
 #: Seconds between two looks at a server that starts.
 _EVERY = 0.25
-#: Nothing is fetched and nobody told; threads go where the system puts them; `/collective_rpc` answers.
+#: Nothing is fetched and nobody on_result; threads go where the system puts them; `/collective_rpc` answers.
 _SURROUNDINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -155,9 +155,9 @@ class VLLMServer:
             said = shortened(_TRIED.sub("", str(error)), 300)
             raise UnreachableError(f"vLLM at {said}; its log: {self.log}", "http") from None
 
-    def each(self, work: Any, items: Sequence[Any]) -> list[Any]:
+    def each(self, work: Any, items: Sequence[Any], on_result: Callable[[int, Any], None]) -> list[Any]:
         """See `retort.wire.Client.each`."""
-        return self._client.each(work, items)
+        return self._client.each(work, items, on_result)
 
     def close(self) -> None:
         """Ends it with all its processes."""

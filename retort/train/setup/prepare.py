@@ -162,7 +162,8 @@ class Prepared(Phased):
         staleness, engine = self.config.rollout.staleness, self.other_engine
         if not staleness or engine is None:
             return self.source
-        return Ahead(self.source, engine, staleness, self.at, lambda: self.steps, EarlyTeachers(self.teachers))
+        early = EarlyTeachers(self.teachers, self.config.server.requests)
+        return Ahead(self.source, engine, staleness, self.at, lambda: self.steps, early)
 
     def close(self) -> None:
         """Ends what the run started beside itself."""

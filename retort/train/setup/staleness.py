@@ -6,7 +6,6 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.methods._engine import on_policy_only, uncorrected
-from retort.ranks import here
 
 
 def generates_older_tokens(config: Config) -> bool:
@@ -41,8 +40,6 @@ def check_staleness(config: Config, method: Method) -> None:
     staleness = config.rollout.staleness
     if not staleness:
         return
-    if here().size > 1:
-        raise UserError(f"rollout.staleness={staleness} is not offered on several ranks; start one, or set it to 0")
     engine = config.rollout.engine
     if engine != "vllm" and not config.rollout.workers:
         raise UserError(

@@ -19,7 +19,7 @@ from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import RIGHT_FROM, Group, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.errors import RunError, UserError
+from retort.errors import RunError
 from retort.method import Method
 from retort.ranks import World, here
 from retort.rewards.base import Grader, graded
@@ -29,6 +29,7 @@ from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
 from retort.train.source.cache import RolloutCache, key
+from retort.train.source.finishing import OnGroup, finished, graded_for, without_failed
 from retort.train.source.order import Visit, easy_to_hard
 from retort.train.source.partial import Generation, Partial, Waited
 from retort.train.source.response import closed_ids, response_rollout
@@ -113,7 +114,12 @@ class Source:
         return 0 if grader is None else sum(self.world.each(lambda: grader.given_up))
 
     def rollouts(
-        self, method: Method, clock: Clock, version: int, difficulty: Mapping[str, float] | None = None
+        self,
+        method: Method,
+        clock: Clock,
+        version: int,
+        difficulty: Mapping[str, float] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Group]:
         """Generates and grades the rollouts of a batch, by visit to a prompt.
 
@@ -122,6 +128,7 @@ class Source:
             clock: The position in the run.
             version: Number of optimizer steps that the student has taken.
             difficulty: Difficulty by prompt id, for plans that order by it.
+            on_group: Takes those of a visit that the student wrote as soon as they are graded, in any order.
 
         Raises:
             RunError: Nothing is left to learn from.
@@ -136,7 +143,7 @@ class Source:
         shared, longest = self._share(plan, clock, chosen), self.horizon(plan, clock)
         again = [rollout for visit in shared.replay for rollout in self._replayed(visit, clock, longest)]
         rollouts = [
-            *self._by_student(method, shared.student, longest, clock),
+            *self._by_student(method, shared.student, longest, clock, on_group),
             *self._by_teacher(method, shared.teacher, longest, clock),
             *again,
             *(self.response_rollout(visit.prompt, visit.epoch, longest) for visit in shared.dataset),
@@ -147,7 +154,8 @@ class Source:
                 "raise rollout.max_new_tokens"
             )
             raise RunError(f"step {clock.step + 1}: {problem}")
-        groups = in_groups(self._without_failed(rollouts, clock))
+        found, self.failed = without_failed(rollouts, clock)
+        groups = in_groups(found)
         self._ages = self.partial.ages(groups, version)
         return groups
 
@@ -262,7 +270,9 @@ class Source:
                 shared.replay.append(visit)
         return shared
 
-    def _by_student(self, method: Method, chosen: Sequence[Visit], longest: int, clock: Clock) -> list[Rollout]:
+    def _by_student(
+        self, method: Method, chosen: Sequence[Visit], longest: int, clock: Clock, on_group: OnGroup | None
+    ) -> list[Rollout]:
         plan, tasks = method.rollout, list[Task]()
         setup = self.episodes.within(plan.curriculum, clock.done, self.seed)
         for visit in chosen:
@@ -272,12 +282,16 @@ class Source:
                 tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
         self.engine.update(self.version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
+
+        def finish(own: list[Rollout], begins: bool) -> list[Rollout]:
+            return self._graded(method, self._own(plan, own), begins=begins)
+
         generation = Generation(
             self.engine,
             self.seed,
             sampling,
             self._divided,
-            lambda own: self._graded(method, self._own(plan, self._played(own, sampling, setup))),
+            lambda own: finished(lambda each: self._played(own, sampling, setup, each), finish, on_group),
             lambda own, budget: self._own(plan, self._played(own, budget, setup)),
             lambda own: self._graded(method, own),
         )
@@ -310,24 +324,11 @@ class Source:
         with self.whole():
             return self.world.divide(tasks, write, key=lambda task: (task.prompt.id, task.visit))
 
-    def _played(self, tasks: Sequence[Task], sampling: Sampling, setup: EpisodeSetup | None = None) -> list[Rollout]:
+    def _played(
+        self, tasks: Sequence[Task], sampling: Sampling, setup: EpisodeSetup | None = None, on_visit: Any = None
+    ) -> list[Rollout]:
         """The student's completions of some tasks, with whoever replies to it: the run's environment by default."""
-        return run_episodes(self.engine, tasks, sampling, setup=setup or self.episodes)
-
-    def _without_failed(self, rollouts: Sequence[Rollout], clock: Clock) -> list[Rollout]:
-        """Leaves out episodes that ended in an error of their environment, and keeps what it said.
-
-        Raises:
-            RunError: All of them did.
-        """
-        found = [rollout for rollout in rollouts if rollout.status != Status.ERROR]
-        self.failed = [rollout.feedback for rollout in rollouts if rollout.status == Status.ERROR]
-        if not found:
-            raise RunError(
-                f"step {clock.step + 1}: every episode ended in an error of its environment, so there is nothing to "
-                f"learn; the first: {self.failed[0]}"
-            )
-        return found
+        return run_episodes(self.engine, tasks, sampling, setup=setup or self.episodes, on_visit=on_visit)
 
     def _replayed(self, visit: Visit, clock: Clock, longest: int) -> list[Rollout]:
         """An earlier visit from the replay buffer, instead of a new one to this prompt."""
@@ -379,18 +380,9 @@ class Source:
             found.update(zip(open_, generated, strict=True))
         return self._graded(method, [found[index] for index in range(len(wanted))])
 
-    def _graded(self, method: Method, rollouts: list[Rollout]) -> list[Rollout]:
+    def _graded(self, method: Method, rollouts: list[Rollout], *, begins: bool = True) -> list[Rollout]:
         grader = self.grader if method.grading is None else self.rubric_grader
-        if grader is None:
-            return rollouts
-        found, wants = graded(grader, rollouts), method.needs_rewards
-        lacking = next((rollout for rollout in found if rollout.reward is None), None)
-        if wants is not None and lacking is not None:
-            raise UserError(
-                f"verifier '{grader.name}', row '{lacking.prompt.id}': it gave a completion no grade, and method "
-                f"'{method.name}' learns from rewards ({wants}); grade every one, or choose a method without rewards"
-            )
-        return found
+        return graded_for(method, grader, rollouts, begins=begins)
 
     def _cut(self, rollout: Rollout, longest: int) -> Rollout:
         """Cuts a rollout to the horizon."""
