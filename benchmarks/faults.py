@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = [
     *("student=countdown:student", "teacher=countdown:teacher", "data=countdown", "method.name=opd", "seed=3"),
     *("precision=fp32", "device=cpu", "checks=skip", "rollout.prompts=32", "rollout.max_new_tokens=32"),
-    *("optimizer.warmup=0", "eval.problems=0", "record.rollouts=0", "checkpoint.every=1", "checkpoint.keep=1"),
+    *("optimizer.warmup=0", "eval.problems=0", "record.rollouts=0", "checkpoint.every=20", "checkpoint.keep=1"),
     *("cluster.teachers=1", "cluster.retries=9"),
 ]
 KINDS = ("rank", "teacher")

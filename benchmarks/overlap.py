@@ -2,12 +2,16 @@
 
     python benchmarks/overlap.py
     python benchmarks/overlap.py --steps 40 --stage 1.0
+    python benchmarks/overlap.py --teachers
 
 The engine sleeps for each token of a batch's longest completion, and the learner sleeps in each step, so that neither
 needs this machine's cores: what is measured is the loop between them, on a real run of the built-in task. Lengths are
 drawn, so that batches take longer and shorter (ragged). Hidden: the time that staleness saves, of the most that it
 could save, which is the shorter stage's of the run that writes when it needs. A tokenizer and a small student are at
 work besides, and their time cannot be hidden where they share a core with the rest.
+
+With `--teachers` a teacher elsewhere, which sleeps, scores what was written: the whole batch behind it, or each group
+as soon as it is there.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -35,11 +41,15 @@ from retort.models.lm import LanguageModel
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.train import runner
 from retort.train.setup import prepare
+from retort.train.teaching.early import EarlyTeachers
+from retort.train.teaching.teachers import Teachers
 
 #: The share of the shorter stage that has to be hidden.
 WANTED = 0.8
 #: Tokens of the longest completion, and of one on average.
 LONGEST, MEAN = 24, 12
+#: Prompts of a batch; and groups that a teacher scores at the same time.
+PROMPTS, REQUESTS = 16, 4
 #: Seconds of writing and of learning, as factors on `--stage`.
 CASES = {"writing is longer": (1.5, 1.0), "both alike": (1.0, 1.0), "learning is longer": (1.0, 1.5)}
 
@@ -91,8 +101,18 @@ class SleepingEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine`: completions of drawn lengths, after the time that the longest of them takes."""
+        return self.generate_each(requests, sampling, lambda place, own: None)
+
+    def generate_each(
+        self, requests: Sequence[Request], sampling: Sampling, told: Callable[[int, Completion], None]
+    ) -> list[Completion]:
+        """See `EarlyEngine`: each is told after the time that its own tokens take."""
         found = [self._completion(own, min(sampling.max_new_tokens, len(own.uniforms))) for own in requests]
-        time.sleep(self.per_token * max(len(own.ids) for own in found))
+        began = time.perf_counter()
+        for place in sorted(range(len(found)), key=lambda place: len(found[place].ids)):
+            due = began + self.per_token * len(found[place].ids)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            told(place, found[place])
         return found
 
     def close(self) -> None:
@@ -111,7 +131,9 @@ class SleepingEngine:
         return Completion(ids, logp_A, Status.COMPLETED, self.version)
 
 
-def measured(folder: Path, staleness: int, steps: int, writing: float, learning: float) -> dict[str, float]:
+def measured(
+    folder: Path, staleness: int, steps: int, writing: float, learning: float, *, prompts: int = 4
+) -> dict[str, float]:
     """Of a run's steps: seconds of one and of writing its batch, means; and idle shares, medians.
 
     Args:
@@ -120,12 +142,14 @@ def measured(folder: Path, staleness: int, steps: int, writing: float, learning:
         steps: Batches.
         writing: Seconds that a batch of longest completions takes to be written.
         learning: Seconds that a step sleeps.
+        prompts: Of a batch.
     """
 
     def engine(config: Any, lm: LanguageModel, vocab: int, *more: Any) -> SleepingEngine:
         return SleepingEngine(lm, vocab, writing / LONGEST)
 
-    asked = {"engine": "vllm", "vllm_python": "none", "staleness": staleness, "prompts": 4, "max_new_tokens": LONGEST}
+    asked = {"engine": "vllm", "vllm_python": "none", "staleness": staleness, "prompts": prompts}
+    asked["max_new_tokens"] = LONGEST
     settings = {
         "data": "countdown",
         "method": {"name": "opd"},
@@ -144,6 +168,49 @@ def measured(folder: Path, staleness: int, steps: int, writing: float, learning:
     return {**idle, **{name: statistics.mean(row[f"time/{name}"] for row in rows) for name in ("step", "generate")}}
 
 
+@contextmanager
+def scored_elsewhere(seconds: float, *, by_group: bool) -> Iterator[None]:
+    """Within, teachers count as servers, which score groups at `REQUESTS` at a time and sleep meanwhile.
+
+    Args:
+        seconds: For a whole batch.
+        by_group: Whether each group is a question of its own, or the batch is one.
+    """
+    score = Teachers.score
+
+    def slow(self: Teachers, method: Any, groups: Sequence[Any], *more: Any) -> Any:
+        time.sleep(seconds / PROMPTS * (REQUESTS if by_group else len(groups)))
+        return score(self, method, groups, *more)
+
+    server = SimpleNamespace(scores=[], listen=lambda say: None, verify=lambda tolerance: None)
+    elsewhere = property(lambda self: dict.fromkeys(self.models, server))
+    asked = partial(EarlyTeachers, requests=REQUESTS if by_group else 0)
+    with (
+        mock.patch.multiple(Teachers, score=slow, remote=elsewhere),
+        mock.patch.object(prepare, "EarlyTeachers", lambda teachers, requests: asked(teachers)),
+    ):
+        yield
+
+
+def with_teachers(steps: int, stage: float) -> None:
+    """Prints how long steps take whose batches are scored whole, and group by group."""
+    print("| writing, scoring, learning | scored | s a step | hidden of scoring | trainer idle |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as place:
+        for times in ((1.0, 0.8, 1.0), (1.5, 1.0, 0.5)):
+            alone = 0.0
+            for by_group in (False, True):
+                writing, scoring, learning = (own * stage for own in times)
+                with scored_elsewhere(scoring, by_group=by_group):
+                    folder = Path(place) / f"{times} {by_group}"
+                    found = measured(folder, 1, steps, writing, learning, prompts=PROMPTS)
+                alone = alone or found["step"]
+                hidden = f"{(alone - found['step']) / scoring:.0%}" if by_group else ""
+                how = "by group" if by_group else "whole"
+                shown = ", ".join(f"{own * stage:g}" for own in times)
+                print(f"| {shown} s | {how} | {found['step']:.2f} | {hidden} | {found['trainer']:.0%} |", flush=True)
+
+
 def _after(first: Callable[[], None], work: Callable[..., Any]) -> Callable[..., Any]:
     def both(*arguments: Any) -> Any:
         first()
@@ -157,8 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="share of the shorter stage that writing ahead hides")
     parser.add_argument("--steps", type=int, default=16, help="batches of each run")
     parser.add_argument("--stage", type=float, default=0.6, help="seconds of a stage")
+    parser.add_argument("--teachers", action="store_true", help="measure what it saves to score group by group")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.teachers:
+        with_teachers(asked.steps, asked.stage)
+        return
     print("| stages | staleness | s a step | hidden of the shorter | trainer idle | generator idle |")
     print("|---|---|---|---|---|---|")
     least = 1.0

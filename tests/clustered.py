@@ -41,6 +41,8 @@ cluster = {{ ranks = 2, rank_cpus = 2 }}
 TIMES = ("time/", "tokens_per_second")
 #: Seconds after which a test gives up: a guard against what hangs.
 LONGEST = 600
+#: `cluster.hangs` of runs in which something hangs, seconds: runs that are not disturbed are never silent for as long.
+HANGS = 10
 
 
 @dataclass

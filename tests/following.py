@@ -30,6 +30,7 @@ class FollowingHere:
     Attributes:
         wrote: The versions of the weights of each call, with the thread that made it.
         before: Called before a batch is written, with its number from 0; it may wait, or raise.
+        between: Called before a completion is told, with its place; the last is told first.
     """
 
     name = "a copy"
@@ -44,6 +45,7 @@ class FollowingHere:
         self.lock = threading.Lock()
         self.wrote: list[tuple[int, str]] = []
         self.before: Callable[[int], None] = lambda number: None
+        self.between: Callable[[int], None] = lambda place: None
         self.closed = self.waits = False
 
     @property
@@ -93,6 +95,15 @@ class FollowingHere:
         self.before(len(self.wrote))
         self.wrote.append((self.version, threading.current_thread().name))
         return self.own.generate(requests, sampling)
+
+    def generate_each(
+        self, requests: Sequence[Request], sampling: Sampling, told: Callable[[int, Completion], None]
+    ) -> list[Completion]:
+        found = self.generate(requests, sampling)
+        for place in reversed(range(len(found))):
+            self.between(place)
+            told(place, found[place])
+        return found
 
     def close(self) -> None:
         self.own, self.version, self.closed = None, -1, True

@@ -65,8 +65,13 @@ def layout(config: Config, machines: Sequence[Machine]) -> Layout:
     teacher_gpus = asked.teacher_gpus if asked.teacher_gpus is not None else 1
     rank = {"CPU": float(asked.rank_cpus), "GPU": 1.0 if on_gpus else 0.0}
     teacher = {"CPU": float(asked.teacher_cpus), "GPU": float(teacher_gpus if on_gpus else 0)}
-    workers = config.rollout.workers
+    workers = config.rollout.placed
     worker_gpus = asked.worker_gpus if asked.worker_gpus is not None else 1
+    if worker_gpus > 1 and config.rollout.engine != "vllm":
+        raise UserError(
+            f"cluster.worker_gpus = {worker_gpus} is for rollout.engine=vllm; a worker that runs the own loop computes "
+            "on one: set it to 1"
+        )
     worker = {"CPU": float(asked.worker_cpus), "GPU": float(worker_gpus if on_gpus else 0)}
     left = int(there - asked.teachers * teacher["GPU"] - workers * worker["GPU"])
     ranks = asked.ranks or (max(1, left) if on_gpus else len(machines))

@@ -52,7 +52,7 @@ def services(config: Config) -> list[Service]:
     """All servers of a run, in the order of `Layout.roles`."""
     return [
         *[_teacher(config, number) for number in range(config.cluster.teachers)],
-        *[_worker(config, number) for number in range(config.rollout.workers)],
+        *[_worker(config, number) for number in range(config.rollout.placed)],
         *[_environment(config, number) for number in range(config.cluster.environments)],
     ]
 
@@ -96,7 +96,7 @@ def _teacher(config: Config, number: int) -> Service:
 
 def _worker(config: Config, number: int) -> Service:
     device, threads = "cpu" if config.device == "cpu" else "auto", config.threads or config.cluster.worker_cpus
-    more = (device, threads, config.trust_remote_code)
+    more = (device, threads, config.trust_remote_code, config.rollout.vllm)
     return Service(
         role="worker",
         number=number,

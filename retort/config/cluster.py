@@ -29,10 +29,14 @@ class ClusterSection(Section):
         default=None, ge=0, le=1, description="GPUs of a server of the teacher; default: 1 where there are GPUs"
     )
     worker_cpus: int = Field(
-        default=1, ge=1, le=1024, description="CPUs of a worker (rollout.workers), and its threads"
+        default=1, ge=1, le=1024, description="CPUs of a worker (rollout.workers) or of vLLM, and its threads"
     )
     worker_gpus: int | None = Field(
-        default=None, ge=0, le=1, description="GPUs of a worker; default: 1 where there are GPUs"
+        default=None,
+        ge=0,
+        le=64,
+        description="GPUs of a worker; default: 1 where there are GPUs; more are for a vLLM that is told so, by "
+        'rollout.vllm_options=["--tensor-parallel-size=2"]',
     )
     environments: int = Field(
         default=0,

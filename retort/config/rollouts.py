@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
@@ -97,7 +98,7 @@ class RolloutSection(Section):
     vllm_python: str | None = Field(
         default=None,
         min_length=1,
-        description="interpreter of the environment that has vLLM; null: none, where vLLM does not write",
+        description="interpreter of the environment that has vLLM; null: this one, where it has vLLM",
     )
     vllm_options: list[str] = Field(
         default=[], description="further arguments of vLLM's server, such as --tensor-parallel-size=2"
@@ -106,8 +107,8 @@ class RolloutSection(Section):
         default=0,
         ge=0,
         le=4096,
-        description="processes besides that generate, each with a copy of the student, where rollout.engine is own "
-        "(docs/engines.md); 0: the run's own",
+        description="processes besides that generate, each with a copy of the student, which the own loop drives or "
+        "vLLM holds, whichever rollout.engine says (docs/engines.md); 0: the run's own, or one vLLM",
     )
     worker_timeout: float = Field(
         default=300.0,
@@ -136,6 +137,19 @@ class RolloutSection(Section):
         "most: so many batches are written ahead (docs/overlap.md); 0: none, every batch is written when it is due",
     )
 
+    partial: Literal["wait", "drop", "resume"] = Field(
+        default="wait",
+        description="completions that have not ended after segment_tokens tokens of a batch: wait, there is no such "
+        "budget, and a batch waits for the longest; drop, they are left out and counted; resume, they are kept and go "
+        "on in the next batch (docs/overlap.md)",
+    )
+    segment_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="most tokens that a completion gets in one batch, where rollout.partial is drop or resume; less "
+        "than max_new_tokens",
+    )
+
     @field_validator("date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:
@@ -151,6 +165,16 @@ class RolloutSection(Section):
     def template_options(self) -> TemplateOptions:
         """The options with which prompts become ids."""
         return TemplateOptions(self.thinking, self.date, self.rendered)
+
+    @property
+    def vllm(self) -> tuple[str, ...]:
+        """The interpreter of the vLLM that writes, and further arguments of its server; empty where none writes."""
+        return (self.vllm_python or sys.executable, *self.vllm_options) if self.engine == "vllm" else ()
+
+    @property
+    def placed(self) -> int:
+        """How many workers a cluster places: vLLM is always one, so that its CPUs and GPUs are counted."""
+        return self.workers or int(self.engine == "vllm")
 
     @property
     def waiting(self) -> Waiting:

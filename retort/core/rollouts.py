@@ -130,7 +130,7 @@ class Rollout:
             given by itself. Of several, each holds a decision.
         turn_A: Index of the turn of each decided token, int64; None for a single turn.
         engine_logp_A: Log-prob that the rollout engine reported for each decided token, nats; None for data.
-        policy_version: Optimizer steps that the student had taken when it generated this.
+        policy_version: Optimizer steps that the student had taken when it generated this, or the first token of it.
         member: Index among the samples of its prompt; rollouts of one visit to a prompt are a group.
         visit: How many times the run had been through the data when it came to this prompt.
         status: How it ended.
@@ -145,9 +145,11 @@ class Rollout:
             without an environment.
         histories: The messages behind the prompt with which each sequence but the first begins.
         passages: Texts that models wrote before a teacher scores it, for views that show them.
+        segments: Of a completion that may have been generated in several batches, each segment's version of the
+            weights and number of tokens, in order; empty where `policy_version` generated all of it.
 
     Raises:
-        ValueError: Sequences, turns, log-probs and histories are not of one number; or a log-prob is NaN.
+        ValueError: Sequences, turns, log-probs, segments and histories are not of one number; or a log-prob is NaN.
     """
 
     prompt: Prompt
@@ -167,6 +169,7 @@ class Rollout:
     outcomes: tuple[Outcome, ...] = ()
     histories: tuple[tuple[Message, ...], ...] = ()
     passages: tuple[Passage, ...] = ()
+    segments: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.sequences, TokenSequence):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -181,6 +184,8 @@ class Rollout:
             raise ValueError(f"{len(self.turn_A)} turns for {self.steps} decided tokens")
         if self.engine_logp_A is not None and len(self.engine_logp_A) != self.steps:
             raise ValueError(f"{len(self.engine_logp_A)} engine log-probs for {self.steps} decided tokens")
+        if self.segments and sum(tokens for _, tokens in self.segments) != self.steps:
+            raise ValueError(f"segments {self.segments} for {self.steps} decided tokens")
         if self.engine_logp_A is not None and bool(self.engine_logp_A.isnan().any()):
             raise ValueError("an engine's log-prob is NaN; leave out those of a rollout that has none")
 
@@ -199,6 +204,11 @@ class Rollout:
     def steps(self) -> int:
         """Number of decision steps (decided tokens)."""
         return sum(sequence.steps for sequence in self.sequences)
+
+    @property
+    def tokens_by_version(self) -> tuple[tuple[int, int], ...]:
+        """Versions of the weights that generated it, in order, each with its number of decided tokens."""
+        return self.segments or ((self.policy_version, self.steps),)
 
     @property
     def tokens(self) -> int:
@@ -266,6 +276,7 @@ class Rollout:
             engine_logp_A=None if self.engine_logp_A is None else self.engine_logp_A[:steps],
             status=Status.TRUNCATED,
             text=text,
+            segments=_first(self.segments, steps),
             outcomes=() if self.turn_A is None else self.outcomes[: int(self.turn_A[steps - 1])],
         )
 
@@ -363,6 +374,13 @@ class Pack:
             confidence_NK=confidence_NK([(r.passages, [own.steps for own in r.sequences]) for r in rollouts]),
         )
         return Pack(tuple(rollouts), steps, group_R)
+
+
+def _first(segments: Sequence[tuple[int, int]], steps: int) -> tuple[tuple[int, int], ...]:
+    """The segments up to so many decisions."""
+    begins = accumulate((tokens for _, tokens in segments), initial=0)
+    kept = [(version, min(tokens, steps - begin)) for (version, tokens), begin in zip(segments, begins, strict=False)]
+    return tuple(own for own in kept if own[1] > 0)
 
 
 def _places(steps_X: Tensor, chosen: Sequence[int]) -> Tensor:

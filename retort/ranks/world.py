@@ -13,8 +13,10 @@ import contextlib
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -103,6 +105,15 @@ class World:
         own = self.part(items, key)
         return [found for part in self.each(lambda: work(own)) for found in part]
 
+    def lane(self) -> Callable[[], AbstractContextManager[None]]:
+        """Makes a way of its own for what another thread exchanges; all ranks call it, as any method.
+
+        Returns:
+            What that thread enters: within, it meets the threads of the other ranks that entered theirs, in an order
+            of its own, while the main threads exchange something else.
+        """
+        return contextlib.nullcontext
+
     @contextlib.contextmanager
     def watched(self, advice: str) -> Iterator[None]:
         """Within, a rank that is gone ends the run in one line that closes with the advice.
@@ -119,6 +130,7 @@ class _Ranks(World):
     def __init__(self, rank: int, size: int, store: Any) -> None:
         self.rank, self.size, self.store = rank, size, store
         self._advice = "it may have said why"
+        self._own = threading.local()
 
     def may_speak(self) -> bool:
         try:
@@ -134,16 +146,39 @@ class _Ranks(World):
         except RetortError as error:
             mine = (None, error)
         found: list[Any] = [None] * self.size
-        with self.watched(self._advice):
-            distributed.all_gather_object(found, mine)
+        with self._translated(self._advice):
+            distributed.all_gather_object(found, mine, group=getattr(self._own, "group", None))
         wrong = next((rank for rank, (_, error) in enumerate(found) if error is not None), None)
         if wrong is not None:
             raise mine[1] if wrong == self.rank and mine[1] is not None else found[wrong][1]
         return [result for result, _ in found]
 
+    def lane(self) -> Callable[[], AbstractContextManager[None]]:
+        from torch import distributed
+
+        group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+
+        @contextlib.contextmanager
+        def within() -> Iterator[None]:
+            self._own.group = group
+            try:
+                yield
+            finally:
+                self._own.group = None
+
+        return within
+
     @contextlib.contextmanager
     def watched(self, advice: str) -> Iterator[None]:
         before, self._advice = self._advice, advice
+        try:
+            with self._translated(advice):
+                yield
+        finally:
+            self._advice = before
+
+    @contextlib.contextmanager
+    def _translated(self, advice: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -153,8 +188,6 @@ class _Ranks(World):
                 f"rank {self.rank} of {self.size} lost another rank, which was killed, ended by itself or was silent "
                 f"for {TIMEOUT.seconds // 60} minutes; {advice}"
             ) from error
-        finally:
-            self._advice = before
 
 
 #: A single process.

@@ -19,6 +19,16 @@ STALENESS = (
     "optimizer steps between writing and learning",
     {"staleness/mean": "mean over tokens", "staleness/max": "oldest"},
 )
+PARTIAL = (
+    "Unended completions",
+    "completions of a step",
+    {
+        "partial/dropped": "dropped",
+        "partial/open": "go on in the next step",
+        "partial/waiting": "ended, before others of their group",
+    },
+)
+SEGMENTS = ("Segments", "segments of a learnt completion", {"partial/segments": "mean"})
 _TOKENS = "staleness/tokens/"
 _COLORS = 6
 

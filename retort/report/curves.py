@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from retort.report.ahead import IDLE, STALENESS, is_of_staleness, staleness_figure
+from retort.report.ahead import IDLE, PARTIAL, SEGMENTS, STALENESS, is_of_staleness, staleness_figure
 from retort.report.alike import tables
 from retort.report.by_turn import by_turn_figures, is_by_turn, other_figures
 from retort.report.flow_words import DECIDED, all_flows, is_by_step, words_of
@@ -190,6 +190,8 @@ PLOTS = (
     ),
     Curves("Learning rate", "", {"lr": "learning rate"}, smooth=False),
     Curves(*STALENESS, smooth=False),
+    Curves(*PARTIAL, smooth=False),
+    Curves(*SEGMENTS),
     Curves(*IDLE),
     Curves("Throughput", "student tokens per second", {"tokens_per_second": "tokens per second"}),
 )

@@ -75,17 +75,19 @@ class Grader(Protocol):
         return [self.grade(group) for group in groups]
 
 
-def graded(grader: Grader, rollouts: Sequence[Rollout]) -> list[Rollout]:
+def graded(grader: Grader, rollouts: Sequence[Rollout], *, begins: bool = True) -> list[Rollout]:
     """Returns the rollouts of one batch with their grades, in order.
 
     Args:
         grader: Called once, with all groups.
         rollouts: The rollouts of one visit to a prompt are neighbours.
+        begins: Whether the batch begins with them; else they belong to the one before.
 
     Raises:
         UserError: As `Grader.grade`.
     """
-    grader.start_batch()
+    if begins:
+        grader.start_batch()
     found = [grade for grades in grader.grade_all(in_groups(rollouts)) for grade in grades]
     return [
         rollout

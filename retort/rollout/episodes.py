@@ -29,8 +29,9 @@ from retort.envs.text import MEASURES
 from retort.errors import UserError
 from retort.ranks import here
 from retort.rollout.conversation import Conversation
-from retort.rollout.engines.base import Completion, Engine, Request, Sampling, TurnCache
+from retort.rollout.engines.base import Completion, Engine, Request, Sampling, TurnCache, generated
 from retort.rollout.plan import TurnCurriculum
+from retort.rollout.visits import Visits
 from retort.rollout.waiting import Calls, Waiting, late, never_begun
 from retort.wire import Client
 
@@ -229,6 +230,7 @@ def run_episodes(
     *,
     setup: EpisodeSetup | None = None,
     source: Literal["student", "teacher"] = "student",
+    on_visit: Callable[[list[Rollout]], list[Rollout]] | None = None,
 ) -> list[Rollout]:
     """Generates all tasks with the engine, in order; every turn of all open episodes is one call of it.
 
@@ -244,6 +246,8 @@ def run_episodes(
         sampling: Settings of sampling; `max_new_tokens` is for all turns of an episode together.
         setup: The environment; None for single-turn prompts.
         source: The source to record in the rollouts.
+        on_visit: Makes something of the rollouts of one visit as soon as all of them have ended, in any order of the
+            visits: between two turns of others, or while others of one turn are still generated. None: nothing.
 
     Raises:
         UserError: The environment began other episodes than requested; its messages cannot follow a turn, see
@@ -255,17 +259,36 @@ def run_episodes(
         episodes = _begun(engine, tasks, setup, calls, stack)
         for own in episodes:
             stack.callback(own.turn_cache.clear)
+
+        def made(visit: Sequence[_Open]) -> list[Rollout] | None:
+            if any(own.status is None for own in visit):
+                return None
+            found = [own.rollout(engine.tokenizer, setup, source) for own in visit]
+            return found if on_visit is None else on_visit(found)
+
+        visits = Visits(episodes, lambda own: (own.task.prompt.id, own.task.visit), made)
+        # Environments are asked in the order of the tasks, and those of one turn have nothing to say.
+        early = on_visit is not None and isinstance(setup.environment, SingleTurn)
         while open_ := [own for own in episodes if own.status is None and id(own.episode) not in calls]:
             requests = [own.request(sampling, engine.context, setup) for own in open_]
-            for own, completion in zip(open_, engine.generate(requests, sampling), strict=True):
-                ask = own.take(completion, engine)
+
+            def take(place: int, completion: Completion, open_: Sequence[_Open] = open_) -> None:
+                ask = open_[place].take(completion, engine)
                 if ask is not None:
-                    _asked(own, ask, calls, engine, setup, sampling)
+                    _asked(open_[place], ask, calls, engine, setup, sampling)
+                visits.look(open_[place])
+
+            if early:
+                generated(engine, requests, sampling, take)
+            else:
+                for place, completion in enumerate(engine.generate(requests, sampling)):
+                    take(place, completion)
             _heard(episodes, calls, engine, setup, sampling)
             for own in episodes:
                 if own.status is not None:
                     own.turn_cache.clear()
-    return [own.rollout(engine.tokenizer, setup, source) for own in episodes]
+                    visits.look(own)
+    return visits.all
 
 
 def _asked(

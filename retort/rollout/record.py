@@ -25,12 +25,12 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
 
     Returns:
         JSON values. `policy_version` is the number of optimizer steps that the student had taken when it generated the
-        rollout. Present only where there is something to say: `images` and `teacher_images`, their digests;
-        `between`, the tokens that are read between decisions
-        (replies of an environment); `anew`, the prompts with which further sequences begin; `measures` and `outcomes`
-        of an episode, the latter turn by turn; `turns`, the turn of each token, from 0; and `passages`, the texts that
-        models wrote for the teachers. The messages of an outcome
-        are what the model read before its next turn.
+        rollout. Present only where there is something to say: `segments` of a completion that may have been generated
+        in several batches, each the `policy_version` and the number of tokens; `images` and `teacher_images`, their
+        digests; `between`, the tokens that are read between decisions (replies of an environment); `anew`, the prompts
+        with which further sequences begin; `measures` and `outcomes` of an episode, the latter turn by turn; `turns`,
+        the turn of each token, from 0; and `passages`, the texts that models wrote for the teachers. The messages of an
+        outcome are what the model read before its next turn.
     """
     rollout, index_A = pack.rollouts[index], pack.steps_of([index])
     bare = rollout.prompt.plain and len(rollout.prompt.messages) == 1
@@ -43,6 +43,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         "member": rollout.member,
         "source": rollout.source,
         **({"policy_version": rollout.policy_version} if rollout.source == "student" else {}),
+        **({"segments": [list(own) for own in rollout.segments]} if rollout.segments else {}),
         "status": str(rollout.status),
         "reward": rollout.reward,
         **({"measures": dict(rollout.measures)} if rollout.measures else {}),

@@ -24,7 +24,7 @@ from retort.envs.dispatch import raised
 from retort.envs.text import MEASURES
 from retort.errors import RetortError, UserError
 from retort.rollout.waiting import in_thread
-from retort.serve.http import guarded, refusal
+from retort.serve.http import guarded, refusal, refused
 from retort.wire.protocol import HEALTH
 
 __all__ = ["Episodes", "application"]
@@ -33,23 +33,27 @@ __all__ = ["Episodes", "application"]
 IDLE = 3600.0
 #: Most episodes that are open, and requests that are worked on or wait at the same time; further ones come back.
 MOST_OPEN, MOST_AT_ONCE, MOST_WAITING = 16_384, 64, 4096
-#: Seconds after which a client whose request found no room may come back.
-_LATER = "1"
 
 B = TypeVar("B", bound=BaseModel)
 R = TypeVar("R")
 
 
-class GoneError(Exception):
+class GoneError(UserError):
     """There is no such episode: it was closed or dropped, or the server was started again."""
 
+    status = wired.GONE
 
-class OtherError(Exception):
+
+class OtherError(UserError):
     """The request is about something else than is here."""
 
+    status = 409
 
-class FullError(Exception):
+
+class FullError(UserError):
     """There is no room for another episode now."""
+
+    status = 429
 
 
 @dataclass(eq=False)
@@ -126,7 +130,7 @@ class Episodes:
         while True:
             with self._lock:
                 if asked.group not in self._groups and self._open + len(asked.members) > self._most:
-                    raise FullError
+                    raise FullError("too many episodes are open")
                 group = self._groups.setdefault(asked.group, _Group())
             with group.lock:
                 if group.begun is not None:
@@ -250,7 +254,7 @@ class Episodes:
         with self._lock:
             group = self._groups.get(asked.group)
             if group is None or asked.index not in group.held:
-                raise GoneError
+                raise GoneError("there is no such episode here; begin it anew")
             group.touched = time.monotonic()
             return group.held[asked.index]
 
@@ -320,7 +324,7 @@ class _Work:
         if request.headers.get("Content-Type", "").partition(";")[0].strip() != "application/json":
             return refusal(415, "the body is application/json")
         if self.waiting >= MOST_WAITING:
-            return refusal(429, f"{self.waiting} requests are waiting", **{"Retry-After": _LATER})
+            return refusal(429, f"{self.waiting} requests are waiting")
         self.waiting += 1
         try:
             async with self._room:
@@ -330,16 +334,8 @@ class _Work:
                     if len(body) > wired.MOST_BYTES:
                         return refusal(413, f"a request has at most {wired.MOST_BYTES:,} bytes")
                 found = await asyncio.wrap_future(in_thread(lambda: _answered(bytes(body), kind, answer)))
-        except FullError:
-            return refusal(429, "too many episodes are open", **{"Retry-After": _LATER})
-        except GoneError:
-            return refusal(wired.GONE, "there is no such episode here; begin it anew")
-        except OtherError as error:
-            return refusal(409, str(error))
-        except UserError as error:
-            return refusal(400, str(error))
         except RetortError as error:
-            return refusal(500, str(error))
+            return refused(error)
         finally:
             self.waiting -= 1
         return Response(found, media_type="application/json")

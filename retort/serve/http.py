@@ -17,8 +17,7 @@ from pydantic import BaseModel, ValidationError
 from torch import OutOfMemoryError, Tensor
 
 from retort.errors import RetortError, UserError, shortened, visible
-from retort.serve.images import LackingError
-from retort.wire.protocol import CONFLICT, HEALTH, LACKING, TENSORS
+from retort.wire.protocol import CONFLICT, HEALTH, TENSORS
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -33,9 +32,13 @@ Work = Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
 class OtherWeightsError(UserError):
     """A request is about other weights than the server has."""
 
+    status = CONFLICT
+
 
 class TooLargeError(UserError):
     """A request is larger than the server takes."""
+
+    status = 413
 
 
 def guarded(app: Any, key: str) -> None:
@@ -76,7 +79,7 @@ async def posted(request: Any, answer: Callable[[bytes], Awaitable[Any]], read: 
             if len(found) > most:
                 return refusal(413, told)
             if read.filled > _MOST_READ:
-                return refusal(429, "other requests take all memory for them", **{"Retry-After": _LATER})
+                return refusal(429, "other requests take all memory for them")
         return await answer(bytes(found))
     finally:
         read.filled -= len(found)
@@ -98,31 +101,28 @@ class Turns:
         from fastapi import Response
 
         if self.waiting >= self._most:
-            return refusal(429, f"{self.waiting} requests are waiting", **{"Retry-After": _LATER})
+            return refusal(429, f"{self.waiting} requests are waiting")
         self.waiting += 1
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except OtherWeightsError as error:
-            return refusal(CONFLICT, str(error))
-        except LackingError as error:
-            return refusal(LACKING, str(error))
-        except TooLargeError as error:
-            return refusal(413, str(error))
-        except UserError as error:
-            return refusal(400, str(error))
         except RetortError as error:
-            return refusal(500, str(error))
+            return refused(error)
         finally:
             self.waiting -= 1
         return Response(found, media_type=kind)
 
 
-def refusal(status: int, text: str, **headers: str) -> Any:
-    """An answer that says on one line why there is no other."""
+def refusal(status: int, text: str) -> Any:
+    """An answer that says on one line why there is no other; one of status 429 says when to come back."""
     from fastapi import Response
 
     body = json.dumps({"detail": visible(shortened(text, 500))})
-    return Response(body, status, headers, media_type="application/json")
+    return Response(body, status, {"Retry-After": _LATER} if status == 429 else None, media_type="application/json")
+
+
+def refused(error: RetortError) -> Any:
+    """The refusal of a request that raised an error, by the `status` of its class if it has one."""
+    return refusal(getattr(type(error), "status", 400 if isinstance(error, UserError) else 500), str(error))
 
 
 def answered(body: bytes, work: Work) -> bytes:

@@ -12,6 +12,7 @@ from retort.data.images import shown_size
 from retort.errors import UserError
 from retort.models.images import Bounded
 from retort.wire.media import digests_in, encoded_in
+from retort.wire.protocol import LACKING
 
 #: Bytes of all encoded images that are held: 1 GiB. What was not asked for the longest leaves first.
 ROOM = 2**30
@@ -19,6 +20,8 @@ ROOM = 2**30
 
 class LackingError(UserError):
     """A request names images that the server does not hold; the client sends them, and asks again."""
+
+    status = LACKING
 
 
 class HeldImages:

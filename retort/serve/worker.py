@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from retort.errors import RetortError, UserError
-from retort.models.files import read_model
-from retort.models.load import load_model
-from retort.rollout.engines.base import Request, Sampling
-from retort.rollout.engines.hf import HFEngine
+from retort.errors import RetortError, SignalError, UnreachableError, UserError
+from retort.rollout.engines.base import Completion, Request, Sampling
+from retort.rollout.engines.vllm_server import vllm_of
 from retort.serve.command import listen
+from retort.serve.copies import Copy, LoopCopy, VLLMCopy, Weights
 from retort.serve.http import Bodies, OtherWeightsError, Turns, Work, answered, guarded, posted, validated
 from retort.wire.protocol import HEALTH, TENSORS, unpacked
 from retort.wire.workers import GENERATE, KEY, LOAD
@@ -33,16 +32,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class _Load(_Strict):
-    folder: str
-    version: int = Field(ge=0)
-    vocab: int = Field(ge=1)
-    stops: list[int] = Field(min_length=1)
-    precision: Literal["fp32", "bf16"]
-    attention: str | None
-    parallel: int = Field(ge=1)
-
-
 class _Generate(_Strict):
     version: int
     max_new_tokens: int = Field(ge=1)
@@ -51,20 +40,15 @@ class _Generate(_Strict):
 
 
 class Worker:
-    """A copy of a student, and what it answers to requests. One request is computed at a time."""
+    """What a copy of a student answers to requests. One request is computed at a time."""
 
-    def __init__(self, device: str, *, trust_remote_code: bool) -> None:
+    def __init__(self, copy: Copy) -> None:
         """Has no weights yet.
 
         Args:
-            device: Where it computes; `auto`: a GPU, if torch sees one.
-            trust_remote_code: Whether code of the student's folder is run.
+            copy: Of the student.
         """
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(best if device == "auto" else device)
-        self._trusts = trust_remote_code
-        self._engine: HFEngine | None = None
-        self._has = ("", -1)
+        self._copy, self._has = copy, ("", -1)
 
     def load(self, tensors: Mapping[str, Tensor], settings: Any) -> dict[str, Tensor]:
         """Reads the weights in a folder; `fresh` says whether they are the first.
@@ -72,36 +56,12 @@ class Worker:
         Raises:
             UserError: The request is none, or the folder no such model.
         """
-        asked = validated(_Load, settings)
-        fresh, now = self._engine is None, (asked.folder, asked.version)
-        if self._engine is None:
-            lm = load_model(
-                asked.folder,
-                role="teacher",
-                precision=asked.precision,
-                device=self._device,
-                attention=asked.attention,
-                stop=asked.stops,
-                trust_remote_code=self._trusts,
-            )
-            self._engine = HFEngine(lm, vocab=asked.vocab, max_parallel=asked.parallel)
-        elif now != self._has:
+        asked, fresh = validated(Weights, settings), False
+        now = (asked.folder, asked.version)
+        if now != self._has:
             self._has = ("", -1)
-            own = self._engine.lm.model
-            model, _ = read_model(
-                asked.folder,
-                None,
-                "student",
-                dtype=own.dtype,
-                attention=asked.attention,
-                trust_remote_code=self._trusts,
-            )
-            try:
-                own.load_state_dict(model.state_dict())
-            except RuntimeError as error:
-                raise UserError(f"{asked.folder} holds another model: {' '.join(str(error).split())}") from None
-        self._engine.update(asked.version)
-        self._has = now
+            fresh = self._copy.read(asked)
+            self._has = now
         return {"fresh": torch.tensor([int(fresh)])}
 
     def generate(self, tensors: Mapping[str, Tensor], settings: Any) -> dict[str, Tensor]:
@@ -111,8 +71,8 @@ class Worker:
             UserError: The request is none.
             OtherWeightsError: It is about other weights than these.
         """
-        asked, engine = validated(_Generate, settings), self._engine
-        if engine is None or asked.version != self._has[1]:
+        asked = validated(_Generate, settings)
+        if asked.version != self._has[1]:
             raise OtherWeightsError(f"weights of version {asked.version} are wanted, and there are {self._has[1]}")
         try:
             contexts = unpacked(tensors, lambda digests: [])
@@ -127,12 +87,19 @@ class Worker:
         if not bool(((uniforms_U >= 0) & (uniforms_U < 1)).all()):
             raise UserError("a random number is out of its range")
         requests = [Request(own, part) for own, part in zip(contexts, uniforms_U.split(rooms), strict=True)]
-        found = engine.generate(requests, Sampling(asked.max_new_tokens, asked.temperature, asked.top_p))
+        found = self._written(requests, Sampling(asked.max_new_tokens, asked.temperature, asked.top_p))
         return {
             "ids_T": torch.tensor([token for own in found for token in own.ids]),
             "logp_T": torch.cat([own.logp_A for own in found]),
             "lengths_S": torch.tensor([len(own.ids) for own in found]),
         }
+
+    def _written(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        try:
+            return self._copy.generate(requests, sampling)
+        except (UnreachableError, SignalError) as error:  # whoever asks sends the weights again, and asks again
+            self._has = ("", -1)
+            raise OtherWeightsError(str(error)) from None
 
 
 def application(worker: Worker, *, key: str) -> Any:
@@ -182,6 +149,7 @@ def work(
     device: str = "auto",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    vllm: Sequence[str] = (),
     listening: Callable[[int], Any] = lambda port: None,
 ) -> None:
     """Generates for a run until the process is ended.
@@ -189,17 +157,25 @@ def work(
     Args:
         host: Address to listen at.
         port: Port to listen at; 0: any that is free.
-        device: See `Worker`, as `trust_remote_code`.
-        threads: Of torch; None: as many as it takes by itself.
-        trust_remote_code: See `Worker`.
+        device: See `LoopCopy`, as `trust_remote_code`.
+        threads: Of torch, or of vLLM; None: as many as it takes by itself.
+        trust_remote_code: See `LoopCopy`.
+        vllm: The interpreter of a vLLM that generates, and further arguments of its server; none: the own loop does.
         listening: Takes the port, once requests are answered.
 
     Raises:
-        UserError: There is no key in the environment, or the extra `serve` is not installed.
+        UserError: There is no key in the environment, the extra `serve` is not installed, or there is no such vLLM.
     """
     if threads:
         torch.set_num_threads(threads)
-    app = application(Worker(device, trust_remote_code=trust_remote_code), key=os.environ.get(KEY, "").strip())
+    copy: Copy
+    if vllm:
+        python, *options = vllm
+        vllm_of(python)
+        copy = VLLMCopy(device, python, options, trust_remote_code=trust_remote_code, threads=threads)
+    else:
+        copy = LoopCopy(device, trust_remote_code=trust_remote_code)
+    app = application(Worker(copy), key=os.environ.get(KEY, "").strip())
     listen(app, "a copy of the student", host=host, port=port, say=lambda text: None, listening=listening)
 
 
@@ -210,6 +186,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--vllm", action="append", default=[], help="its interpreter, then each argument of its server")
     asked = parser.parse_args(words)
     try:
         work(
@@ -218,6 +195,7 @@ def main(words: Sequence[str] | None = None) -> None:
             device=asked.device,
             threads=asked.threads,
             trust_remote_code=asked.trust_remote_code,
+            vllm=asked.vllm,
         )
     except RetortError as error:
         raise SystemExit(f"error: {error}") from None

@@ -125,6 +125,7 @@ class LocalTeacher(Reader):
             factors=Factors(
                 lambda index_C: hidden_ND[index_C],
                 lambda hidden_CD, ids: logits_of(head(), hidden_CD, ids, temperature),
+                lambda hidden_CD: logits(head(), hidden_CD, temperature),
             ),
         )
 

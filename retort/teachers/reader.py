@@ -5,6 +5,7 @@ Axis letters: see `retort.core`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from transformers import PreTrainedTokenizerBase
+
+#: One thread at a time renders: views are the user's code, and a tokenizer may not be read by two threads.
+_RENDERS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class Reader:
         cut, shows = 0, dict[str, int]()
         for rollout, group in zip(pack.rollouts, pack.groups(), strict=True):
             parts = rollout.apart() if view.by_step else [rollout]
-            read = [self._prompts_of(part, group, view) for part in parts]
+            with _RENDERS:
+                read = [self._prompts_of(part, group, view) for part in parts]
             own = [context for part in read for context in part.contexts]
             cut += any(part.cut for part in read)
             for name in {name for part in read for name in part.shows}:

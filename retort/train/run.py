@@ -72,7 +72,7 @@ class Run:
         self.control = Control(self.prepared.method.controllers, self.prepared.config.seed)
         self.probes = Probes(self.control, self._completions, self.learner, self._signals)
         self._lines = JsonLines(self.folder / "metrics.jsonl")
-        self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
+        self.rollouts, self.dropped = (JsonLines(self.folder / name) for name in ("rollouts.jsonl", "dropped.jsonl"))
         self.results: dict[str, Any] = {}
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
@@ -201,6 +201,7 @@ class Run:
             configuration.save(self.prepared.config, self.folder / "config.json")
             self._lines.cut(self.step)
             self.rollouts.cut(self.step)
+            self.dropped.cut(self.step)
             self.source.go_back(self.step)
             if self.origin is not None:
                 checkpoint.supersede(self.origin.parent, self.step)
@@ -235,6 +236,8 @@ class Run:
         self._claim.check()
         for row in self.output.record(batch, values, self.step, self.folder):
             self.rollouts.append(row)
+        for row in self.source.unended.rows(self.step):
+            self.dropped.append(row)
         metrics = {"step": self.step, **means.values()}
         metrics |= self.output.metrics(batch, values, signals, self.source.version, lost) | self.prepared.metrics()
         metrics |= {f"control/{name}": value for name, value in batch.clock.controller_outputs.items()}

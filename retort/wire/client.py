@@ -12,11 +12,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from retort.errors import UnreachableError, UserError, quoted, shortened, visible
+from retort.wire.at_once import at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,27 +163,23 @@ class Client:
         headers = {"Content-Type": _TENSORS}
         return self._answer("POST", path, content, headers, read=_tensors, most_bytes=most_bytes)
 
-    def each(self, work: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    def each(
+        self,
+        work: Callable[[Item], T],
+        items: Sequence[Item],
+        on_result: Callable[[int, T], None] = lambda place, result: None,
+    ) -> list[T]:
         """The results of some work on each item, in order; at most `concurrency` are under way at once.
+
+        Args:
+            work: The work.
+            items: The items.
+            on_result: Takes the place of an item and its result as soon as that is there; called in this thread.
 
         Raises:
             RetortError: What the first item (in order) that failed raised.
         """
-        if min(len(items), self.concurrency) < 2:
-            return [work(item) for item in items]
-        try:
-            with ThreadPoolExecutor(self.concurrency) as pool:
-                futures = [pool.submit(work, item) for item in items]
-                try:
-                    return [future.result() for future in futures]
-                except BaseException:  # an interruption, too: the others are tried no more
-                    self._given_up.set()
-                    raise
-                finally:
-                    for future in futures:
-                        future.cancel()
-        finally:
-            self._given_up.clear()  # all threads have ended
+        return at_once(work, items, self.concurrency, self._given_up, on_result)
 
     def without_key(self, text: str) -> str:
         """A text of the server's without the key that it was sent: some repeat it where they refuse it."""

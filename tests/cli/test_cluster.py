@@ -115,6 +115,25 @@ def test_ranks_share_servers_of_the_environment_and_each_has_one_of_the_teacher(
         layout(config, [Machine("x", 8, 0)])
 
 
+def test_vllm_has_a_place_of_its_own_and_is_a_worker() -> None:
+    """Also where no workers are asked for: what a rank starts by itself, nobody would have counted."""
+    asked = {"student": "a", "teacher": "b", "data": "c"}
+    by_vllm = {"engine": "vllm", "vllm_python": "/v/python", "vllm_options": ["--seed=1"]}
+    for workers, count in ((0, 1), (2, 2)):
+        config = resolve({**asked, "rollout": {**by_vllm, "workers": workers}, "cluster": {"worker_cpus": 3}})
+        assert config.rollout.vllm == ("/v/python", "--seed=1")
+        found = services(config)
+        assert [own.name for own in found] == [f"worker-{number}" for number in range(count)]
+        served = [(own, f"http://w:{own.number}") for own in found]
+        said = variables(served, 0, config, "sesame")
+        assert json.loads(said["RETORT_WORKERS"]) == [address for _, address in served]
+        room = layout(config, [Machine("x", 16, 0)])
+        assert room.bundles == [{"CPU": 1}] + [{"CPU": 3}] * count
+        gpus = layout(config, [Machine("x", 16, 4)])
+        assert (gpus.ranks, gpus.bundles[-1]) == (4 - count, {"CPU": 3, "GPU": 1})
+    assert services(resolve(asked)) == []
+
+
 def test_defaults_fit_the_machines() -> None:
     config = resolve({"student": "a", "teacher": "b", "data": "c"})
     plain = layout(config, [Machine("x", 4, 0), Machine("y", 4, 0)])
@@ -134,8 +153,14 @@ def test_defaults_fit_the_machines() -> None:
         ({"cluster": {"rank_cpus": 8}}, [Machine("x", 2, 0)], "largest machine"),
         ({"device": "cuda"}, [Machine("x", 2, 0)], "no GPU"),
         ({"cluster": {"ranks": 3}}, [Machine("x", 8, 2)], "needs 3 GPUs"),
+        ({"rollout": {"engine": "vllm"}}, [Machine("x", 1, 0)], r"2 CPUs \(1 rank of 1 and 1 worker of 1\)"),
+        (
+            {"rollout": {"workers": 1}, "cluster": {"worker_gpus": 2}},
+            [Machine("x", 8, 4)],
+            "is for rollout.engine=vllm",
+        ),
     ],
-    ids=["few", "halves", "large", "cuda", "gpus"],
+    ids=["few", "halves", "large", "cuda", "gpus", "vllm", "gpus of a worker"],
 )
 def test_a_cluster_with_too_little(settings: dict[str, Any], machines: list[Machine], problem: str) -> None:
     with pytest.raises(UserError, match=problem):

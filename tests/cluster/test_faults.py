@@ -10,14 +10,28 @@ import signal
 from pathlib import Path
 
 import pytest
-from clustered import ROLLOUTS, STEPS, Nodes, after_step, alike, ended, ids, leader, one_line, rows, until, weights
+from clustered import (
+    HANGS,
+    ROLLOUTS,
+    STEPS,
+    Nodes,
+    after_step,
+    alike,
+    ended,
+    ids,
+    leader,
+    one_line,
+    rows,
+    until,
+    weights,
+)
 
 pytestmark = pytest.mark.cluster
 
 
 def test_ranks_and_a_teacher_that_are_killed_or_hang(nodes: Nodes, config: Path, torchrun: Path) -> None:
     out = config.parent / "disturbed"
-    served = ("cluster.rank_cpus=1", "cluster.teachers=1", "cluster.hangs=20")
+    served = ("cluster.rank_cpus=1", "cluster.teachers=1", f"cluster.hangs={HANGS}")
     process = nodes.train(str(config), "--out", str(out), *served)
     after_step(1, out, process)
     os.kill(next(pid for pid in nodes.pids("ray::Rank") if pid != leader(out)), signal.SIGKILL)
@@ -29,9 +43,9 @@ def test_ranks_and_a_teacher_that_are_killed_or_hang(nodes: Nodes, config: Path,
     os.kill(nodes.pids("ray::Teacher")[0], signal.SIGSTOP)
     printed = " ".join(ended(process).split())
     assert "was killed or its machine is gone" in printed and "the run goes on from step-" in printed
-    assert "rank 0 of 2 gave no sign of life for 20 seconds (cluster.hangs): it hangs, or the link" in printed
+    assert f"rank 0 of 2 gave no sign of life for {HANGS} seconds (cluster.hangs): it hangs, or the link" in printed
     assert printed.count("server 0 of the teacher had ended, and was started again") >= 2
-    assert "server 0 of the teacher gave no sign of life for 20 seconds: it is ended" in printed
+    assert f"server 0 of the teacher gave no sign of life for {HANGS} seconds: it is ended" in printed
     alike(out, torchrun)
 
 

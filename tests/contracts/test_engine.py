@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,14 @@ from retort.errors import UserError
 from retort.models.image_trials import with_images
 from retort.models.images import made_up
 from retort.models.load import load_model
-from retort.rollout.engines.base import Engine, Request, Sampling
+from retort.rollout.engines.base import Completion, Engine, Request, Sampling, generated
 from retort.rollout.engines.continuous import ContinuousEngine
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.pool import PoolSettings, WorkerPool
 from retort.rollout.engines.sample import nucleus
 from retort.rollout.engines.served import ServedEngine
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
+from retort.rollout.engines.vllm_pool import VLLMPool
 
 VOCAB = 58
 ROOM = 12
@@ -45,6 +47,7 @@ class Case:
         logp: Log-probs [A, V] of every id before each of some ids written after a context, as drawn under a sampling.
         seen: Contexts with images, of which the first two differ in nothing else; empty for a model of text alone.
         until: Ends what the engine needs.
+        draws: Whether it draws with each of a request's random numbers; else it has a sampler of its own.
     """
 
     engine: Engine
@@ -52,35 +55,14 @@ class Case:
     logp: Callable[[TokenSequence, list[int], Sampling], Tensor]
     seen: tuple[TokenSequence, ...] = ()
     until: ExitStack = field(default_factory=ExitStack)
-
-
-@pytest.fixture(scope="module")
-def with_vllm(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    """One server for all tests; vLLM on a CPU takes no head narrower than 32."""
-    case = by_hf(model_folder(seed=5, head_dim=32), loops=True)
-    lm: Any = case.engine.lm  # type: ignore[attr-defined]
-    engine = VLLMEngine(lm, VOCAB, VLLMSettings(str(PYTHON), max_parallel=8), probe=[TokenSequence.of([5, 9])])
-    engine.open(tmp_path_factory.mktemp("vllm") / "engine")
-    yield replace(case, engine=engine)
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def with_workers(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    """One process for all tests."""
-    case = by_hf(model_folder(seed=5), loops=True)
-    lm: Any = case.engine.lm  # type: ignore[attr-defined]
-    engine = WorkerPool(lm, VOCAB, PoolSettings(1, parallel=3), probe=[TokenSequence.of([5, 9])])
-    engine.open(tmp_path_factory.mktemp("workers") / "engine")
-    yield replace(case, engine=engine)
-    engine.close()
+    draws: bool = True
 
 
 def in_process(model_folder: Callable[..., Path], *_: Any, loops: bool) -> Case:
     return by_hf(model_folder(seed=5), loops=loops)
 
 
-def of_images(_: Any, image_folder: Callable[[str], Path], *, loops: bool) -> Case:
+def of_images(_: Any, image_folder: Callable[[str], Path], *more: Any, loops: bool) -> Case:
     case = by_hf(image_folder("qwen3_vl"), loops=loops)
     lm: Any = case.engine.lm  # type: ignore[attr-defined]
     images = [made_up(40, 24, 0), made_up(40, 24, 1), made_up(20, 70, 2)]
@@ -118,6 +100,36 @@ def served(model_folder: Callable[..., Path], *_: Any) -> Case:
     return replace(case, engine=ServedEngine(connected(url, lm), vocab=VOCAB, max_parallel=3))
 
 
+def with_vllm(model_folder: Callable[..., Path], _: Any, folder: Path) -> Case:
+    """vLLM on a CPU takes no head narrower than 32."""
+    case = by_hf(model_folder(seed=5, head_dim=32), loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    engine = VLLMEngine(lm, VOCAB, VLLMSettings(str(PYTHON), max_parallel=8), probe=[TokenSequence.of([5, 9])])
+    return replace(following(case, engine, folder), draws=False)
+
+
+def with_workers(model_folder: Callable[..., Path], _: Any, folder: Path) -> Case:
+    case = in_process(model_folder, loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    engine = WorkerPool(lm, VOCAB, PoolSettings(1, parallel=3), probe=[TokenSequence.of([5, 9])])
+    return following(case, engine, folder)
+
+
+def with_vllm_worker(model_folder: Callable[..., Path], _: Any, folder: Path) -> Case:
+    """A process that has a vLLM of its own."""
+    case = by_hf(model_folder(seed=5, head_dim=32), loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    settings = PoolSettings(1, parallel=8, more=(f"--vllm={PYTHON}",))
+    engine = VLLMPool(lm, VOCAB, settings, probe=[TokenSequence.of([5, 9])])
+    return replace(following(case, engine, folder), draws=False)
+
+
+def following(case: Case, engine: Any, folder: Path) -> Case:
+    engine.open(folder / "engine")
+    case.until.callback(engine.close)
+    return replace(case, engine=engine)
+
+
 def scripted(*_: Any) -> Case:
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
     logits_V[2] = 2.0
@@ -133,21 +145,29 @@ ENGINES: dict[str, Callable[..., Case]] = {
     "continuous": continuous,
     "served": served,
     "scripted": scripted,
+    "workers": with_workers,
 }
-#: Engines with processes of their own, by the fixture that keeps one for all tests.
-KEPT = {"workers": "with_workers", "vLLM": "with_vllm"}
 
 
-@pytest.fixture(params=[*ENGINES, "workers", pytest.param("vLLM", marks=pytest.mark.engines)])
-def case(request: pytest.FixtureRequest, model_folder: Any, image_folder: Any) -> Iterator[Case]:
-    if request.param in KEPT:
-        found = request.getfixturevalue(KEPT[request.param])
-        found.engine.update(0)
-        yield found
-        return
-    found = ENGINES[request.param](model_folder, image_folder)
+#: Those whose tests are in the tier that has vLLM.
+VLLM: dict[str, Callable[..., Case]] = {"vLLM": with_vllm, "workers with vLLM": with_vllm_worker}
+
+
+@pytest.fixture(scope="module", params=[*ENGINES, *(pytest.param(name, marks=pytest.mark.engines) for name in VLLM)])
+def kept(
+    request: pytest.FixtureRequest, model_folder: Any, image_folder: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
+    """One engine for all tests."""
+    folder = tmp_path_factory.mktemp("engine")
+    found = {**ENGINES, **VLLM}[request.param](model_folder, image_folder, folder)
     with found.until:
         yield found
+
+
+@pytest.fixture
+def case(kept: Case) -> Case:
+    kept.engine.update(0)
+    return kept
 
 
 def requests(count: int = 7, room: int = ROOM) -> list[Request]:
@@ -162,9 +182,10 @@ def test_each_completion_is_its_own_requests_whatever_is_beside_it_and_in_order(
     together = case.engine.generate(asked, sampling)
     assert len({tuple(own.ids) for own in together}) > 3
     turned = case.engine.generate(asked[::-1], sampling)[::-1]
-    alone = [case.engine.generate([one], sampling)[0] for one in asked]
-    for one, two, three in zip(together, turned, alone, strict=True):
-        assert one.ids == two.ids == three.ids
+    assert [own.ids for own in turned] == [own.ids for own in together]
+    alone = [case.engine.generate([one], sampling)[0] for one in asked[:4]]  # a context of each length
+    for one, three in zip(together, alone, strict=False):
+        assert one.ids == three.ids
         torch.testing.assert_close(one.logp_A, three.logp_A, rtol=1e-4, atol=1e-5)
 
 
@@ -217,6 +238,27 @@ def test_a_shorter_limit_only_cuts_and_each_request_may_have_its_own(case: Case)
     assert any(len(cut.ids) < len(one.ids) for cut, one in zip(by_numbers, whole, strict=True))
 
 
+def test_a_completion_that_is_resumed_is_the_same_one(case: Case) -> None:
+    """It goes on behind its first tokens, with the random numbers of the others."""
+    whole = case.engine.generate(requests(), Sampling(ROOM, 1.3))
+    rooms = [len(own.ids) // 2 for own in whole]
+    going = [n for n, room in enumerate(rooms) if room]
+    assert len(going) > 3
+    behind = [
+        Request(own.context.then(whole[n].ids[: rooms[n]], decided=True), own.uniforms[rooms[n] :])
+        for n, own in enumerate(requests())
+        if n in going
+    ]
+    resumed, again = (case.engine.generate(behind, Sampling(ROOM, 1.3)) for _ in range(2))
+    assert [own.ids for own in resumed] == [own.ids for own in again]
+    for n, more in zip(going, resumed, strict=True):
+        assert 0 < len(more.ids) == len(more.logp_A) <= ROOM - rooms[n]
+        assert more.status == Status.COMPLETED or len(more.ids) == ROOM - rooms[n]
+        if case.draws:
+            assert (more.ids, more.status) == (whole[n].ids[rooms[n] :], whole[n].status)
+            torch.testing.assert_close(more.logp_A, whole[n].logp_A[rooms[n] :], rtol=1e-4, atol=1e-5)
+
+
 def test_media_are_read_or_refused(case: Case) -> None:
     """Two requests that differ in nothing but an image must not get one answer without a word."""
     foreign = [Request(TokenSequence.of([5, 6], (Media(name, 1),)), torch.full((4,), 0.5).double()) for name in "ab"]
@@ -254,6 +296,18 @@ def test_completions_say_which_weights_wrote_them(case: Case) -> None:
     assert {own.version for own in case.engine.generate(requests(), Sampling(2))} == {0}
     case.engine.update(7)
     assert {own.version for own in case.engine.generate(requests(), Sampling(2))} == {7}
+
+
+def test_each_completion_is_told_once_in_the_thread_of_the_caller(case: Case) -> None:
+    told: dict[int, list[Completion]] = {}
+
+    def take(place: int, completion: Completion) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        told.setdefault(place, []).append(completion)
+
+    found = generated(case.engine, requests(), Sampling(ROOM, 1.3), take)
+    assert all(told.pop(place) == [own] for place, own in enumerate(found)) and not told
+    assert [own.ids for own in found] == [own.ids for own in case.engine.generate(requests(), Sampling(ROOM, 1.3))]
 
 
 def test_nothing_asked_is_nothing_written(case: Case) -> None:

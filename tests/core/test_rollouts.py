@@ -1,4 +1,4 @@
-"""Places in a pack."""
+"""Places in a pack, and segments of a rollout."""
 
 from __future__ import annotations
 
@@ -16,3 +16,15 @@ def test_steps_of_some_rollouts_in_the_order_given(chosen: list[int]) -> None:
     starts = [0, 3, 3, 8]
     expected = [place for i in chosen for place in range(starts[i], starts[i] + steps[i])]
     assert pack.steps_of(chosen).tolist() == expected
+
+
+def test_a_rollout_that_is_cut_keeps_the_segments_of_what_stays() -> None:
+    whole = Rollout(
+        Prompt("row", ()), TokenSequence.of([0]).then(range(2, 9), decided=True), segments=((3, 4), (5, 2), (8, 1))
+    )
+    assert whole.tokens_by_version == ((3, 4), (5, 2), (8, 1))
+    cut = [whole.cut(steps, "").segments for steps in (7, 6, 5, 4, 1)]
+    assert cut == [((3, 4), (5, 2), (8, 1)), ((3, 4), (5, 2)), ((3, 4), (5, 1)), ((3, 4),), ((3, 1),)]
+    assert Rollout(whole.prompt, whole.sequence, policy_version=6).tokens_by_version == ((6, 7),)
+    with pytest.raises(ValueError, match="segments .* for 7 decided tokens"):
+        Rollout(whole.prompt, whole.sequence, segments=((3, 4),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines.ours import ROOT
+from engines.ours import ROOT, serving
 from engines.vllm import PYTHON
 
 from retort import config as configuration
@@ -24,7 +25,9 @@ from retort.errors import UnreachableError, UserError
 from retort.models.load import load_model
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
+from retort.rollout.engines.pool import PoolSettings
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
+from retort.rollout.engines.vllm_pool import VLLMPool
 from retort.tasks import countdown
 from retort.train import runner
 
@@ -102,9 +105,8 @@ def test_weights_that_are_refused_or_others_leave_the_old_ones_at_work(engine: V
 
 def test_a_server_that_is_gone_is_one_line(engine: VLLMEngine) -> None:
     """The last test of this engine: one that is asked again would start it anew."""
-    server = engine._server  # pyright: ignore[reportPrivateUsage]
-    assert server is not None
-    os.killpg(server.pid, signal.SIGKILL)
+    (pid,) = engine.pids
+    os.killpg(pid, signal.SIGKILL)
     with pytest.raises(UnreachableError, match=r"vLLM has ended.*its log: .*vllm\.log"):
         engine.generate(requests(), Sampling(ROOM))
 
@@ -143,31 +145,81 @@ def alive(folder: Path) -> list[int]:
     return found
 
 
-def test_a_run_killed_in_the_middle_leaves_no_child_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    whole = runner.start(configuration.resolve(SETTINGS, {}), tmp_path / "whole").go()
-    assert [row["engine/noise_floor"] < 1e-4 for row in whole.metrics] == [True] * 6
-    assert all(row["importance"] == pytest.approx(1.0, abs=1e-3) for row in whole.metrics)
-    assert not alive(tmp_path / "whole")
-    folder = tmp_path / "killed"
-    configuration.save(configuration.resolve(SETTINGS, {}), tmp_path / "given.json")
+def test_a_worker_whose_vllm_ends_starts_it_again_and_the_same_is_written(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    lm = load_model(str(countdown.student_path()), role="student", precision="fp32", device=cpu)
+    pool = VLLMPool(lm, VOCAB, PoolSettings(1, more=(f"--vllm={PYTHON}",)), probe=PROBE)
+    pool.open(tmp_path / "engine")
+    try:
+        pool.update(0)
+        before, processes = ids(pool.generate(requests(8), Sampling(ROOM))), alive(tmp_path)
+        assert processes and not set(processes) & set(pool.pids)
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):  # the first one takes the others along
+                os.kill(pid, signal.SIGKILL)
+        assert ids(pool.generate(requests(8), Sampling(ROOM))) == before
+        assert pool.metrics()["engine/restarts"] == 1
+        assert (tmp_path / "engine" / "worker-0" / "vllm.log").is_file()
+    finally:
+        pool.close()
+    ends = time.monotonic() + 60
+    while alive(tmp_path) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not alive(tmp_path)
+
+
+def killed(settings: dict[str, Any], folder: Path, steps: int) -> Path:
+    """The folder of a run in a process of its own that is killed after so many steps, when all of it has ended."""
+    given = folder.with_suffix(".json")
+    configuration.save(configuration.resolve(settings, {}), given)
     script = (
         "import sys\nfrom pathlib import Path\nfrom retort import config\nfrom retort.train import runner\n"
-        f"runner.start(config.read_json(Path({str(tmp_path / 'given.json')!r})), Path({str(folder)!r})).go()\n"
+        f"runner.start(config.read_json(Path({str(given)!r})), Path({str(folder)!r})).go()\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as process:
         ends = time.monotonic() + 300
-        while not rows(folder) and process.poll() is None and time.monotonic() < ends:
+        while len(rows(folder)) < steps and process.poll() is None and time.monotonic() < ends:
             time.sleep(0.01)
         process.kill()
     ends = time.monotonic() + 60
     while alive(folder) and time.monotonic() < ends:
         time.sleep(0.05)
     assert not alive(folder)
+    return folder
+
+
+def test_a_run_killed_in_the_middle_leaves_no_child_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    whole = runner.start(configuration.resolve(SETTINGS, {}), tmp_path / "whole").go()
+    assert [row["engine/noise_floor"] < 1e-4 for row in whole.metrics] == [True] * 6
+    assert all(row["importance"] == pytest.approx(1.0, abs=1e-3) for row in whole.metrics)
+    assert not alive(tmp_path / "whole")
+    folder = killed(SETTINGS, tmp_path / "killed", steps=1)
     resumed = runner.resume(folder).go()
     assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in resumed.metrics] == pytest.approx([row["loss"] for row in whole.metrics], abs=1e-3)
     assert not alive(folder)
     assert not list((folder / "engine").glob("weights-*"))
+
+
+def test_it_writes_ahead_of_a_run_and_a_killed_one_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    """Weights are kept by one thread and read by another; a teacher behind a server scores groups as they come."""
+    with serving("countdown:teacher", "precision=fp32", "device=cpu") as url:
+        ahead = {"rollout": {**SETTINGS["rollout"], "staleness": 2}, "optimizer": {"learning_rate": 1e-3, "warmup": 0}}
+        settings = {**SETTINGS, **ahead, "teacher": url, "record": {"rollouts": 100}}
+        whole = runner.start(configuration.resolve(settings, {}), tmp_path / "whole").go()
+        folder = killed(settings, tmp_path / "killed", steps=2)
+        resumed = runner.resume(folder).go()
+    assert [row["staleness/max"] for row in whole.metrics] == [0, 1, 2, 2, 2, 2]
+    assert whole.metrics[0]["importance"] == pytest.approx(1.0, abs=1e-3)
+    assert all(row["engine/noise_floor"] < 1e-4 for row in whole.metrics)
+    assert all(abs(row["importance"] - 1.0) > 1e-4 for row in whole.metrics[2:]), "the student moves meanwhile"
+    for run in (whole, resumed):
+        lines = [json.loads(line) for line in (run.folder / "rollouts.jsonl").read_text().splitlines()]
+        assert {(row["step"], row["policy_version"]) for row in lines} == {(n + 1, max(0, n - 2)) for n in range(6)}
+        assert not alive(run.folder)
+        assert not list((run.folder / "engine").glob("weights-*"))
+    assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in resumed.metrics] == pytest.approx([row["loss"] for row in whole.metrics], abs=1e-3)
 
 
 def test_a_run_that_vllm_does_not_start_for_ends_saved_in_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -234,6 +235,28 @@ def test_a_grader_that_fails_on_one_rank_fails_on_all() -> None:
     own = user_grader(fails, "own", prompts[0])
     with pytest.raises(UserError, match="no such answer"):
         divided_graded(own, [rollout for prompt in prompts for rollout in support.group_of(prompt, ["1", "2"])])
+
+
+def test_a_thread_with_a_lane_exchanges_beside_the_main_thread() -> None:
+    """The ranks exchange in other orders: the second one's main thread waits until its other thread is done."""
+    world, found = ranks.here(), list[list[tuple[str, int, int]]]()
+    within = world.lane()
+
+    def several(name: str) -> list[list[tuple[str, int, int]]]:
+        return [world.each(lambda n=n: (name, n, world.rank)) for n in range(20)]
+
+    def other() -> None:
+        with within():
+            found.extend(several("other"))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    if world.rank:
+        thread.join()
+    mine = several("main")
+    thread.join()
+    for name, own in (("main", mine), ("other", found)):
+        assert own == [[(name, n, rank) for rank in range(world.size)] for n in range(20)]
 
 
 def refuses_two(prompt: Prompt, completion: str) -> float:

@@ -32,10 +32,10 @@ pytestmark = pytest.mark.ranks
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from worker import ADDRESSES, CACHING, CASES, JUDGED, SERVED, SMALL  # noqa: E402
+from worker import ADDRESSES, CACHING, CASES, JUDGED, SERVED, SMALL, WRITTEN  # noqa: E402
 
 #: Those of which a run in one process is compared with one on two ranks.
-ALIKE = [name for name in CASES if not name.startswith("plain")]
+ALIKE = [name for name in CASES if not name.startswith("plain") and name not in WRITTEN]
 BF16 = ["plain_bf16", "plain_bf16_lora"]
 #: And of these with one on three ranks: both estimators, statistics of the whole batch, a teacher that moves, LoRA.
 THREE = ["opd", "gkd", "dasd", "sdpo", "lora"]
@@ -48,6 +48,7 @@ KILLED: dict[str, tuple[int, int, float | str]] = {
     "plain:0+": (0, _draw.randint(3, 5), round(_draw.random(), 4)),
     "plain:1+": (1, _draw.randint(3, 5), round(_draw.random(), 4)),
     "plain:saving+": (0, 3, "checkpoint"),
+    "plain_ahead:1+": (1, _draw.randint(3, 5), round(_draw.random(), 4)),
 }
 
 
@@ -118,12 +119,13 @@ def two(tmp_path_factory: pytest.TempPathFactory, servers: dict[str, str]) -> Pa
     # At once, because much of this is one process that starts two, and two that wait for one another.
     with ThreadPoolExecutor(len(KILLED)) as pool:
         list(pool.map(lambda name: killed(folder, name, *KILLED[name]), KILLED))
-    return work(2, folder, *ALIKE, *BF16, "plain", *KILLED, "sdpo+1", CACHING, servers=servers)
+    ahead = ("plain", "plain_ahead", *KILLED)
+    return work(2, folder, *ALIKE, *BF16, *WRITTEN, *ahead, "sdpo+1", CACHING, servers=servers)
 
 
 def killed(folder: Path, name: str, rank: int, step: int, moment: float | str) -> None:
     """Kills a rank in the middle of a run, and waits for the other."""
-    settings = [*flat(configuration.merge(SMALL, CASES["plain"])), f"out={folder / name}"]
+    settings = [*flat(configuration.merge(SMALL, CASES[name.partition(":")[0]])), f"out={folder / name}"]
     words = command(2, str(HERE / "dying.py"), str(rank), str(step), str(moment), *settings)
     # The other one ends at once: this is a guard against one that hangs.
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
@@ -178,6 +180,19 @@ def same(one: Path, other: Path, name: str, ranks: int) -> None:
     assert apart(*exported) < TOLERANCE
 
 
+def test_workers_write_what_the_ranks_would(two: Path) -> None:
+    """To the last bit, in fp32 and with an adapter, whose weights the workers get merged into those of the model."""
+    helped, alone = (rows(two, name, 2) for name in WRITTEN)
+    assert len(helped) == len(alone) == SMALL["steps"]
+    for mine, own in zip(helped, alone, strict=True):
+        assert mine.keys() - own.keys() == {"engine/noise_floor", "engine/restarts"}
+        # Log-probs of what is learnt beside those of what wrote: 1e-3 nats apart where these are of the step before.
+        assert max(own.pop("noise_floor"), mine["noise_floor"], mine["engine/noise_floor"]) < 1e-5
+        assert {metric for metric, value in own.items() if mine[metric] != value == value} == set()
+    mine, own = (weights(two / name, len(alone)) for name in WRITTEN)
+    assert all(torch.equal(mine[name], own[name]) for name in own)
+
+
 @pytest.mark.parametrize("name", BF16)
 def test_products_in_bf16(one: Path, two: Path, name: str) -> None:
     """They differ by rounding to 8 bits, so only the first step is compared; copies in bf16 follow the weights."""
@@ -223,7 +238,7 @@ def test_a_killed_rank_ends_the_other_and_nothing_is_lost(two: Path, name: str) 
     assert "exitcode  : -9 " in log
     assert step - 1 <= 6 - len(rows(two, name, 2)) <= step
     assert len((two / name / "metrics.jsonl").read_text().splitlines()) == 6
-    mine, other = weights(two / "plain", 6), weights(two / name, 6)
+    mine, other = weights(two / name.partition(":")[0], 6), weights(two / name, 6)
     assert all(torch.equal(mine[key], other[key]) for key in mine)
     assert not [path for path in (two / name / "checkpoints").iterdir() if path.name.startswith(".writing")]
 

@@ -22,6 +22,7 @@ from retort.models.load import load_model
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.pool import PoolSettings, WorkerPool
+from retort.serve.copies import LoopCopy
 from retort.serve.worker import Worker, application
 from retort.train import runner
 from retort.train.models.other_engine import check_other_engine, other_engine
@@ -97,7 +98,7 @@ def test_nobody_is_answered_without_the_key(pool: WorkerPool) -> None:
         with pytest.raises(urllib.error.HTTPError, match="401"):
             direct.open(asked, timeout=60)
     with pytest.raises(UserError, match="a worker needs a key"):
-        application(Worker("cpu", trust_remote_code=False), key="")
+        application(Worker(LoopCopy("cpu", trust_remote_code=False)), key="")
 
 
 def test_one_that_fails_again_and_again_is_one_line_and_nothing_is_left(
@@ -120,8 +121,10 @@ def test_settings_that_do_not_fit_are_one_line_before_anything_is_loaded(
         settings = tiny_settings(model_folder, prompts_file)
         return configuration.resolve(settings | {"rollout": {**settings["rollout"], **rollout}}, {})
 
-    with pytest.raises(UserError, match=r"rollout.workers = 2 belongs to rollout.engine=own"):
-        check_other_engine(asked(workers=2, engine="vllm", vllm_python="python"))
+    with pytest.raises(
+        UserError, match=r"rollout.workers = 2 belongs to rollout.engine=own or vllm, not to continuous"
+    ):
+        check_other_engine(asked(workers=2, engine="continuous"))
     rendered: Any = None  # no prompt is rendered here
     with pytest.raises(UserError, match=r"workers generate text alone, and .* reads images; use rollout.workers=0"):
         other_engine(asked(workers=1), student(image_folder("qwen3_vl")), VOCAB, [], rendered, int)

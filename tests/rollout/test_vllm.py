@@ -31,6 +31,7 @@ from retort.rollout.engines.saved import save_weights, weights_of
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
 from retort.rollout.engines.vllm_server import vllm_of
 from retort.train import runner
+from retort.train.models import other_engine as run_engine
 from retort.train.models.other_engine import check_other_engine, other_engine
 
 CPU = torch.device("cpu")
@@ -90,6 +91,19 @@ def test_settings_that_do_not_fit_are_one_line_before_anything_is_loaded(
         runner.start(resolved(model_folder, prompts_file, **rollout), tmp_path / "run").go()
     assert "\n" not in str(found.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_name_it_is_this_interpreter_where_that_has_vllm(
+    model_folder: Any, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = resolved(model_folder, prompts_file, engine="vllm", vllm_options=["--seed=1"])
+    assert asked.rollout.vllm == (sys.executable, "--seed=1")
+    asked_of: list[str] = []
+    monkeypatch.setattr(run_engine, "has_vllm", lambda: True)
+    monkeypatch.setattr(run_engine, "vllm_of", asked_of.append)
+    check_other_engine(asked)
+    assert asked_of == [sys.executable]
+    assert resolved(model_folder, prompts_file).rollout.vllm == ()
 
 
 def test_no_writer_is_made_for_the_own_loop_and_none_for_a_student_that_sees(

@@ -15,6 +15,8 @@ from retort.core.sequences import TokenSequence
 from retort.models.load import load_model
 from retort.train import runner
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 
 def teacher(model_folder: Callable[..., Path], precision: Any) -> Any:
     folder = model_folder(seed=2, hidden_size=24, padded_to=64)  # that of `tiny_run`

@@ -18,6 +18,8 @@ from retort.models.fingerprint import digests_of, fingerprint_of
 from retort.models.load import load_model
 from retort.train import runner
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 RATE = "teacher_cache/hit_rate"
 
 

@@ -20,6 +20,8 @@ from retort.train import runner
 from retort.train.setup.memory import forecast
 from retort.train.setup.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 NAMES = ["sums", "others"]
 
 

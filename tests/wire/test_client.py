@@ -113,7 +113,9 @@ def test_the_key_comes_from_the_environment_and_is_in_no_text(server: Server, mo
 def test_several_at_once_come_back_in_order(server: Server) -> None:
     server.fails("503", "", "cut")
     client = Client(server.url, concurrency=3, patience=30)
-    found = client.each(lambda number: client.get_json(f"/{number}")["path"], range(9))
+    told: dict[int, str] = {}
+    found = client.each(lambda number: client.get_json(f"/{number}")["path"], range(9), told.__setitem__)
+    assert [told[place] for place in range(9)] == found
     assert found == [f"/{number}" for number in range(9)]
 
 

@@ -5,6 +5,7 @@ from retort.core.signals.ahead import Ahead
 from retort.core.signals.base import SignalRows, TeacherSignal
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
+from retort.core.signals.end_to_end import end_to_end
 from retort.core.signals.gaussian import Gaussian
 from retort.core.signals.several import Differing, all_valid, arithmetic, disagreement, joined, listed
 from retort.core.signals.spans import LONGEST_UNIT, SPAN_KINDS, Spans, columns_of, matched, unit_columns
@@ -35,6 +36,7 @@ __all__ = [
     "as_compute",
     "columns_of",
     "disagreement",
+    "end_to_end",
     "entropy",
     "entropy_lower_bound",
     "joined",

@@ -58,10 +58,12 @@ class Factors:
     Attributes:
         states: Index of steps -> states [C, S], without gradient.
         logits: States [C, S] and a slice of ids -> logits [C, ids].
+        whole: States [C, S] -> logits [C, V], to the bit those of the signal; None where that is not known.
     """
 
     states: Callable[[Tensor | slice], Tensor]
     logits: Callable[[Tensor, slice], Tensor]
+    whole: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)

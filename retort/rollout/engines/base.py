@@ -5,11 +5,11 @@ Every engine has to pass `tests/contracts/test_engine.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -59,7 +59,8 @@ class Request:
     """A request for one completion.
 
     Attributes:
-        context: Tokens and media that it follows; which of them were decided does not matter.
+        context: Tokens and media that it follows; which of them were decided does not matter. A completion goes on
+            where it was interrupted if they end with its first tokens, and `uniforms` are those of the others.
         uniforms: Random numbers in [0, 1), one per token that may be generated, float64: the only source of randomness.
             A completion is never longer than there are numbers. An engine with a sampler of its own (vLLM) makes its
             seed of the first one: the same numbers give the same completion, but not that of another engine.
@@ -123,6 +124,43 @@ class Engine(Protocol):
             weights: The weights by name, for an engine with a copy; None for one that uses the live ones.
         """
         ...
+
+
+@runtime_checkable
+class EarlyEngine(Protocol):
+    """What an engine has besides that can tell a completion while it generates others."""
+
+    def generate_each(
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: Callable[[int, Completion], None]
+    ) -> list[Completion]:
+        """See `Engine.generate`, which gives the same completions.
+
+        Args:
+            requests: As there.
+            sampling: As there.
+            on_completion: Takes the place of a request and its completion as soon as that is there, once for each, in
+                any order; it is called in the thread of the caller.
+        """
+        ...
+
+
+def generated(
+    engine: Engine, requests: Sequence[Request], sampling: Sampling, on_completion: Callable[[int, Completion], None]
+) -> list[Completion]:
+    """Completions of all requests; an engine that reports none early reports all of them at the end.
+
+    Args:
+        engine: The engine.
+        requests: See `Engine.generate`.
+        sampling: See `Engine.generate`.
+        on_completion: See `EarlyEngine.generate_each`.
+    """
+    if isinstance(engine, EarlyEngine):
+        return engine.generate_each(requests, sampling, on_completion)
+    found = engine.generate(requests, sampling)
+    for place, own in enumerate(found):
+        on_completion(place, own)
+    return found
 
 
 class FollowingEngine(Engine, Protocol):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +25,14 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
-from retort.align.images import ImageTokens
 from retort.core.rollouts import Status
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
 from retort.models.packing import WRAPPED, wrapped
 from retort.rollout.engines.base import Completion, Request, Sampling
+from retort.rollout.engines.of_model import OfModel
 from retort.rollout.engines.sample import sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 #: Tokens of a page. Requests share whole pages of a common prompt, and waste half a page on average.
 _PAGE = 16
@@ -47,11 +44,13 @@ _BYTES = 2**32
 _LOG = "ContinuousBatchingLogger"
 
 
-class ContinuousEngine:
+class ContinuousEngine(OfModel[LanguageModel]):
     """Generates with a model that is in this process, by transformers' continuous batching.
 
     Whether it computes what the model computes is tried once, on a few tokens, before the first completion.
     """
+
+    reads_images = False
 
     def __init__(self, lm: LanguageModel, *, vocab: int, max_parallel: int) -> None:
         """Builds the engine.
@@ -65,21 +64,6 @@ class ContinuousEngine:
         self.vocab = vocab
         self.max_parallel = max_parallel
         self.version = 0
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Engine`."""
-        return self.lm.tokenizer
-
-    @property
-    def context(self) -> int:
-        """See `Engine`."""
-        return self.lm.context
-
-    @property
-    def image_tokens(self) -> ImageTokens | None:
-        """See `Engine`; None: images are not read."""
-        return None
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """See `Engine`; it uses the live weights, and stores their version. Nothing is kept between two calls."""

@@ -15,22 +15,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from retort.align.images import ImageTokens
 from retort.core.sequences import TokenSequence
 from retort.errors import RetortError, UnreachableError, UserError
 from retort.files import remove
 from retort.models.lm import LanguageModel
 from retort.ranks import World, here
 from retort.rollout.engines.base import Completion, Request, Sampling
+from retort.rollout.engines.of_model import OfModel
 from retort.rollout.engines.saved import save_weights, weights_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 #: Tokens of each completion by which both sides are compared, and prompts that are completed for that.
 PROBE_TOKENS, PROBE_PROMPTS = 16, 8
@@ -62,7 +59,7 @@ class _Kept:
 
 
 @dataclass(eq=False)
-class Follower(ABC, Generic[S]):
+class Follower(OfModel[LanguageModel], ABC, Generic[S]):
     """An engine that reads the model's weights from a folder anew whenever they have changed.
 
     Of several ranks the first one writes and sends the weights; all of them call `update`, `keep` and `close`, and
@@ -84,6 +81,7 @@ class Follower(ABC, Generic[S]):
     #: What it is called in messages, and the setting that does without it.
     name: ClassVar[str]
     instead: ClassVar[str]
+    reads_images: ClassVar[bool] = False
 
     lm: LanguageModel
     vocab: int
@@ -99,22 +97,8 @@ class Follower(ABC, Generic[S]):
     _now: tuple[Path, int] | None = field(default=None, init=False)
     _begun: bool = field(default=False, init=False)
     _waits: bool = field(default=False, init=False)
+    _newest_kept: int = field(default=-1, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Engine`."""
-        return self.lm.tokenizer
-
-    @property
-    def context(self) -> int:
-        """See `Engine`."""
-        return self.lm.context
-
-    @property
-    def image_tokens(self) -> ImageTokens | None:
-        """See `Engine`; None: images are not handed on."""
-        return None
 
     @property
     def longest(self) -> int:
@@ -141,12 +125,12 @@ class Follower(ABC, Generic[S]):
     def keep(self, version: int) -> None:
         """See `FollowingEngine`; from now on only versions that are asked for are loaded."""
         self._waits = True
-        with self._lock:
-            there = version == self.version or version in self._kept
-        if not there:
+        # What was loaded by now depends on the other thread, and on several ranks all have to write or none.
+        if version != self._newest_kept:
             kept = _Kept(self._saved(version, None), threading.get_ident())
             with self._lock:
                 self._kept[version] = kept
+            self._newest_kept = version
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """Sends weights to the engine, and compares both sides on the probe.
@@ -167,6 +151,8 @@ class Follower(ABC, Generic[S]):
             return
         with self._lock:
             kept = self._kept.pop(version, None) if weights is None else None
+        if self._waits and weights is None and kept is None:  # `close` was called: the model may be learning
+            raise UnreachableError(f"{self.name} was ended before it was to have the weights of version {version}")
         folder = self._saved(version, weights) if kept is None else kept.folder
         moves = kept is not None and (kept.thread != threading.get_ident() or self.newest() != version)
         before, had = self._weights, self.version
@@ -175,6 +161,8 @@ class Follower(ABC, Generic[S]):
             self._meet()
             self.world.first(lambda: self._send(folder, version))
             self._begun, self.version = True, version
+            if kept is None and weights is None:
+                self._newest_kept = version
             if not moves:
                 self._compare()
         except BaseException as error:
@@ -210,7 +198,7 @@ class Follower(ABC, Generic[S]):
         The next completion would start it again, unless someone has called `keep`: that thread may still be at work.
         """
         self._end()
-        self._begun, self.version = False, -1
+        self._begun, self.version, self._newest_kept = False, -1, -1
         with self._lock:
             left = [own.folder for own in self._kept.values()]
             self._kept.clear()

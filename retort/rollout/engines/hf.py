@@ -10,17 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from retort.align.images import ImageTokens
 from retort.core.rollouts import Status
 from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.kept import Conversations, KeptRow
+from retort.rollout.engines.of_model import OfModel
 from retort.rollout.engines.sample import nucleus, sample
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from retort.rollout.engines.decode import Draw
 
 __all__ = ["Completion", "HFEngine", "Request", "Sampling", "nucleus"]
@@ -44,7 +42,7 @@ class _ForcedDraw:
         return torch.full_like(scores, float("-inf")).scatter_(1, token_B[:, None], 0.0)
 
 
-class HFEngine:
+class HFEngine(OfModel[LanguageModel]):
     """Generates with a model that is in this process, so its weights are always the newest."""
 
     def __init__(self, lm: LanguageModel, *, vocab: int, max_parallel: int) -> None:
@@ -62,21 +60,6 @@ class HFEngine:
         self.loops: bool | None = None
         self.continues: bool | None = None
         self._conversations = Conversations(max_parallel)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Engine`."""
-        return self.lm.tokenizer
-
-    @property
-    def context(self) -> int:
-        """See `Engine`."""
-        return self.lm.context
-
-    @property
-    def image_tokens(self) -> ImageTokens | None:
-        """See `Engine`."""
-        return self.lm.image_tokens
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """See `Engine`; it uses the live weights, and stores their version. What was kept of conversations is freed."""

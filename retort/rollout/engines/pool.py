@@ -53,6 +53,7 @@ class PoolSettings:
         hangs: Seconds without a sign of life after which one that was started here is killed and started again.
         threads: Of each; None: those of this process, shared out.
         trust_remote_code: Whether code of the model's folder is run.
+        more: Further arguments of those that are started here, see `retort.serve.worker`.
     """
 
     workers: int
@@ -63,6 +64,7 @@ class PoolSettings:
     hangs: float = 300.0
     threads: int | None = None
     trust_remote_code: bool = False
+    more: tuple[str, ...] = ()
 
 
 class _EndedError(RuntimeError):
@@ -214,6 +216,8 @@ class WorkerPool(Follower[PoolSettings]):
             "precision": self.lm.precision,
             "attention": None if attention is None else unwrapped(attention),
             "parallel": self.settings.parallel,
+            "longest": self.longest,
+            "number": worker,
         }
         found = self._asked(worker, LOAD, {}, settings).get("fresh")
         if again and found is not None and bool(found.any()):
@@ -269,7 +273,7 @@ class WorkerPool(Follower[PoolSettings]):
         assert self._folder is not None
         key = secrets.token_urlsafe(24)
         threads = asked.threads or max(1, torch.get_num_threads() // asked.workers)
-        more = ["--trust-remote-code"] if asked.trust_remote_code else []
+        more = [*(["--trust-remote-code"] if asked.trust_remote_code else []), *asked.more]
         options = [["--device", self._device(n), "--threads", str(threads), *more] for n in range(asked.workers)]
         self._children = Children(options, self._folder, key=key, hangs=asked.hangs)
         return self._children.urls, key

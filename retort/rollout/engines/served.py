@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from retort.align.images import ImageTokens
 from retort.errors import SignalError
 from retort.models.served import ServedModel
 from retort.rollout.engines.answers import completions
 from retort.rollout.engines.base import Completion, Request, Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from retort.rollout.engines.of_model import OfModel
 
 
-class ServedEngine:
+class ServedEngine(OfModel[ServedModel]):
     """Has a server generate: it gets the random numbers, so completions are those of `HFEngine` in its process."""
 
     def __init__(self, lm: ServedModel, *, vocab: int, max_parallel: int) -> None:
         """Builds the engine; see `HFEngine`."""
         self.lm, self.vocab, self.max_parallel = lm, vocab, max_parallel
         self.version = 0
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Engine`."""
-        return self.lm.tokenizer
-
-    @property
-    def context(self) -> int:
-        """See `Engine`."""
-        return self.lm.context
-
-    @property
-    def image_tokens(self) -> ImageTokens | None:
-        """See `Engine`."""
-        return self.lm.image_tokens
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """See `Engine`; a served model keeps its weights, and only the version is stored."""

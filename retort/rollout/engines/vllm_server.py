@@ -9,7 +9,7 @@ import re
 import subprocess
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _AGAIN = 1.0
 _TRIED = re.compile(r" \((at the first attempt|after \d+ attempts)\).*")
 #: Seconds between two looks at a server that starts.
 _EVERY = 0.25
-#: Nothing is fetched and nobody told; threads go where the system puts them; `/collective_rpc` answers.
+#: Nothing is fetched and nobody on_result; threads go where the system puts them; `/collective_rpc` answers.
 _SURROUNDINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -98,7 +98,15 @@ class VLLMServer:
     """A running server. It ends with `close`, with this object, and with this process however that ends."""
 
     def __init__(
-        self, python: str, model: Path, folder: Path, options: Sequence[str], *, cpu: bool, requests: int
+        self,
+        python: str,
+        model: Path,
+        folder: Path,
+        options: Sequence[str],
+        *,
+        cpu: bool,
+        requests: int,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """Starts one and waits until it has read its model.
 
@@ -109,6 +117,7 @@ class VLLMServer:
             options: Further arguments of its command.
             cpu: Whether it computes on the CPU.
             requests: Requests under way at once.
+            variables: Further environment variables.
 
         Raises:
             UserError: It does not start with this model; the line ends with the reason that its log gives.
@@ -117,7 +126,8 @@ class VLLMServer:
         (port,) = free_ports(1)
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve())]
         command += ["--host", "127.0.0.1", "--port", str(port), *options]
-        self._process = started(command, self.log, cwd=folder, env=surroundings(cpu=cpu), python=python)
+        env = {**surroundings(cpu=cpu), **(variables or {})}
+        self._process = started(command, self.log, cwd=folder, env=env, python=python)
         self._ends = weakref.finalize(self, end, self._process)
         self._client = Client(f"http://127.0.0.1:{port}", timeout=_ANSWERS, patience=_AGAIN, concurrency=requests)
         try:
@@ -145,9 +155,9 @@ class VLLMServer:
             said = shortened(_TRIED.sub("", str(error)), 300)
             raise UnreachableError(f"vLLM at {said}; its log: {self.log}", "http") from None
 
-    def each(self, work: Any, items: Sequence[Any]) -> list[Any]:
+    def each(self, work: Any, items: Sequence[Any], on_result: Callable[[int, Any], None]) -> list[Any]:
         """See `retort.wire.Client.each`."""
-        return self._client.each(work, items)
+        return self._client.each(work, items, on_result)
 
     def close(self) -> None:
         """Ends it with all its processes."""

@@ -20,6 +20,7 @@ from retort.method import Method
 from retort.rewards.samples import SampleGrader
 from retort.rollout.plan import RolloutPlan
 from retort.train.source.order import Visit, visits
+from retort.train.source.unended import Unended
 
 
 @dataclass(eq=False)
@@ -36,6 +37,7 @@ class FlowSource:
         examples: Makes the trajectories of a cold start, where there is one.
         failed: Always empty: a sample always ends.
         version: Number of optimizer steps behind the student that wrote the last batch.
+        unended: Says nothing: a sample always ends.
     """
 
     prompts: Sequence[Prompt]
@@ -47,6 +49,7 @@ class FlowSource:
     examples: Callable[[Sequence[tuple[Visit, int]]], list[Trajectory]] | None = None
     failed: list[str] = field(default_factory=list)
     version: int = 0
+    unended: Unended = field(default_factory=Unended)
 
     @property
     def given_up(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from retort.config import Config
 from retort.errors import UserError
 from retort.models.described import describe
-from retort.ranks import here
+from retort.ranks import CLUSTER, here
+from retort.rollout.engines.vllm_generator import has_vllm
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
 
@@ -29,14 +31,17 @@ class Student:
     parameters: int | None
 
 
-def choose(student: Student, *, vllm: bool, ranks: int, workers: int = 0) -> tuple[Literal["own", "vllm"], str]:
+def choose(
+    student: Student, *, vllm: bool, ranks: int, workers: int = 0, cluster: bool = False
+) -> tuple[Literal["own", "vllm"], str]:
     """Chooses who writes.
 
     Args:
         student: The student.
-        vllm: Whether an interpreter is named that has vLLM.
+        vllm: Whether an interpreter is named that has vLLM, or this one has it.
         ranks: Number of processes that train.
         workers: Number of processes that run the own loop besides.
+        cluster: Whether Ray has placed these processes, before anybody chose.
 
     Returns:
         The value of `rollout.engine`, and the reason in words.
@@ -44,7 +49,9 @@ def choose(student: Student, *, vllm: bool, ranks: int, workers: int = 0) -> tup
     if workers:
         return "own", "rollout.workers run the own loop"
     if not vllm:
-        return "own", "rollout.vllm_python names no interpreter that has vLLM"
+        return "own", "rollout.vllm_python names no interpreter that has vLLM, and this one has none"
+    if cluster:
+        return "own", "a cluster has a place for vLLM only where rollout.engine=vllm"
     if ranks > 1:
         return "own", f"{ranks} ranks train, and vLLM writes for one"
     if student.reads_images:
@@ -74,10 +81,11 @@ def with_engine(config: Config, notes: list[str], caller_objects: CallerObjects)
         raise UserError("rollout.engine=continuous is not offered on several ranks; use rollout.engine=own")
     if config.rollout.engine != "auto":
         return config
-    named, path = config.rollout.vllm_python is not None, config.student
+    named, path = config.rollout.vllm_python is not None or has_vllm(), config.student
     # Of the student nothing is read where nothing depends on it; that it is missing is said later.
     student = _student(config, path, caller_objects) if named and path is not None else Student(False, None)
-    engine, why = choose(student, vllm=named, ranks=here().size, workers=config.rollout.workers)
+    workers, cluster = config.rollout.workers, CLUSTER in os.environ
+    engine, why = choose(student, vllm=named, ranks=here().size, workers=workers, cluster=cluster)
     notes.append(f"rollout.engine=auto is {engine}: {why}")
     config = config.changed("rollout.engine", engine)
     if engine == "vllm":

@@ -15,7 +15,9 @@ from retort.ranks import here, local_size
 from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.engines.follower import PROBE_PROMPTS
 from retort.rollout.engines.pool import PoolSettings, WorkerPool
-from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
+from retort.rollout.engines.vllm import VLLMEngine
+from retort.rollout.engines.vllm_generator import VLLMSettings, has_vllm
+from retort.rollout.engines.vllm_pool import VLLMPool
 from retort.rollout.engines.vllm_server import vllm_of
 from retort.wire.workers import placed
 
@@ -30,28 +32,43 @@ def check_other_engine(config: Config) -> None:
         UserError: No interpreter with vLLM is named, or the run has what vLLM is not offered for.
     """
     asked = config.rollout
-    if asked.workers and asked.engine != "own":
+    if asked.workers and asked.engine not in ("own", "vllm"):
         raise UserError(
-            f"rollout.workers = {asked.workers} belongs to rollout.engine=own, not to {asked.engine}; set one of them"
+            f"rollout.workers = {asked.workers} belongs to rollout.engine=own or vllm, not to {asked.engine}; set one "
+            "of them"
         )
-    if asked.engine != "vllm":
+    if asked.engine == "vllm":
+        _check_vllm(config)
+    else:
         idle = "vllm_python" if asked.vllm_python else "vllm_options" if asked.vllm_options else None
         if idle is not None:
             raise UserError(f"rollout.{idle} belongs to rollout.engine=vllm; set that, or leave it out")
-        if asked.workers:
-            _check_workers(asked.workers)
-        return
-    if asked.vllm_python is None:
+    if asked.workers:
+        _check_workers(asked.workers)
+
+
+def _check_vllm(config: Config) -> None:
+    """Refuses vLLM where there is none, or where no process could hold it.
+
+    Raises:
+        UserError: That.
+    """
+    asked = config.rollout
+    if asked.vllm_python is None and not has_vllm():
         raise UserError(
-            "rollout.engine=vllm needs rollout.vllm_python, the python of an environment that has vLLM, which may not "
-            "be this one (docs/engines.md)"
+            "rollout.engine=vllm needs rollout.vllm_python, the python of an environment that has vLLM; this one has "
+            "none (docs/engines.md)"
         )
-    if here().size > 1:
-        raise UserError("rollout.engine=vllm is not offered on several ranks; start one, or use rollout.engine=own")
+    if here().size > 1 and not asked.workers and not placed():
+        raise UserError(
+            "rollout.engine=vllm writes for several ranks as workers: set rollout.workers=1 or more, start one rank, "
+            "or use rollout.engine=own"
+        )
     ours = next((option for option in asked.vllm_options if option.split("=")[0].replace("_", "-") in _OURS), None)
     if ours is not None:
         raise UserError(f"rollout.vllm_options: {ours.split('=')[0]} is set by the run; leave it out")
-    vllm_of(asked.vllm_python)
+    if not placed():  # others have looked for it where it is
+        vllm_of(asked.vllm[0])
 
 
 def other_engine(
@@ -79,14 +96,13 @@ def other_engine(
     if asked.engine != "vllm" and not asked.workers:
         return None
     probe = [render(prompt) for prompt in prompts[:PROBE_PROMPTS]]
-    if asked.workers:
-        return _pool(config, lm, vocab, probe, newest)
-    assert asked.vllm_python is not None  # checked by `check_other_engine`
-    if lm.image_tokens is not None:
+    if asked.engine == "vllm" and lm.image_tokens is not None:
         raise UserError(f"rollout.engine=vllm writes text alone, and {lm.name} reads images; use rollout.engine=own")
+    if asked.workers or placed():
+        return _pool(config, lm, vocab, probe, newest)
     settings = VLLMSettings(
-        asked.vllm_python,
-        options=tuple(asked.vllm_options),
+        asked.vllm[0],
+        options=asked.vllm[1:],
         max_parallel=asked.parallel,
         longest=_longest(config),
         bound=asked.noise_bound,
@@ -125,16 +141,19 @@ def _pool(
     asked = config.rollout
     if lm.image_tokens is not None:
         raise UserError(f"rollout.workers generate text alone, and {lm.name} reads images; use rollout.workers=0")
+    by_vllm = asked.engine == "vllm"
     settings = PoolSettings(
-        asked.workers,
+        asked.workers or len(placed()),
         placed=placed(),
         parallel=asked.parallel,
+        longest=_longest(config) if by_vllm else None,
         bound=asked.noise_bound,
         hangs=asked.worker_timeout,
         threads=config.threads,
         trust_remote_code=config.trust_remote_code,
+        more=tuple(f"--vllm={word}" for word in asked.vllm),
     )
-    return WorkerPool(lm, vocab, settings, newest, probe)
+    return (VLLMPool if by_vllm else WorkerPool)(lm, vocab, settings, newest, probe)
 
 
 def _longest(config: Config) -> int | None:

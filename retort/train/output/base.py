@@ -21,6 +21,7 @@ from retort.method import Method
 from retort.rollout.plan import RolloutPlan
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import Batch
+from retort.train.source.unended import Unended
 from retort.train.storage.checkpoint import Found
 from retort.train.teaching.teachers import Teachers
 
@@ -54,6 +55,11 @@ class RolloutSource(Protocol):
     @property
     def version(self) -> int:
         """Optimizer steps behind the student that wrote the last batch."""
+        ...
+
+    @property
+    def unended(self) -> Unended:
+        """What became of completions of the last batch that did not end within a budget of tokens."""
         ...
 
     def rollouts(

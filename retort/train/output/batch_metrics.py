@@ -32,5 +32,6 @@ def batch_metrics(
         **unit_metrics(batch, values),
         **({"given_up": given_up} if given_up else {}),
         **({"episode_errors": len(source.failed)} if source.failed else {}),
+        **source.unended.metrics(),
         **({"horizon": curriculum.horizon(batch.clock.done)} if curriculum else {}),
     }

@@ -58,8 +58,10 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
     """Means over a step's rollouts: the student's under plain names, the teacher's with a prefix, and their shares."""
     means, rollouts = Means(), batch.pack.rollouts
     for rollout in rollouts:
-        if rollout.source == "dataset" or (rollout.source == "student" and rollout.policy_version != version):
+        if rollout.source == "dataset" or _replayed(rollout, version):
             continue
+        if rollout.segments:
+            means.add("partial/segments", len(rollout.segments))
         prefix = "" if rollout.source == "student" else "teacher/"
         means.add(f"{prefix}length", rollout.steps)
         means.add(f"{prefix}truncated_fraction", float(rollout.status == Status.TRUNCATED))
@@ -70,8 +72,13 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
         for part, value in rollout.reward_parts.items():
             means.add(f"{prefix}reward/{part}", value)
     found = means.values() | _group_metrics(batch.pack) | _splits(rollouts) | against_verifier(batch.pack)
-    replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
+    replayed = sum(_replayed(rollout, version) for rollout in rollouts)
     return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found
+
+
+def _replayed(rollout: Rollout, version: int) -> bool:
+    """Whether it is of an earlier batch; one in segments was learnt from in none before."""
+    return rollout.source == "student" and rollout.policy_version != version and not rollout.segments
 
 
 def _splits(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -48,8 +48,9 @@ from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.grading import rubric_grader
 from retort.train.setup.images import check_images
 from retort.train.setup.needs import Data, read_data
+from retort.train.setup.partial import check_partial, partial_of, refuse_images
 from retort.train.setup.phases import Phased
-from retort.train.setup.staleness import check_staleness
+from retort.train.setup.staleness import check_staleness, generates_older_tokens
 from retort.train.setup.texts import check_texts
 from retort.train.source import difficulty
 from retort.train.source.ahead import Ahead
@@ -161,7 +162,8 @@ class Prepared(Phased):
         staleness, engine = self.config.rollout.staleness, self.other_engine
         if not staleness or engine is None:
             return self.source
-        return Ahead(self.source, engine, staleness, self.at, lambda: self.steps, EarlyTeachers(self.teachers))
+        early = EarlyTeachers(self.teachers, self.config.server.requests)
+        return Ahead(self.source, engine, staleness, self.at, lambda: self.steps, early)
 
     def close(self) -> None:
         """Ends what the run started beside itself."""
@@ -208,10 +210,12 @@ def prepare(
     check_settings(config)
     check_other_engine(config)
     check_staleness(config, method)
+    check_partial(config, method)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
     data = read_data(config, method, names[2], notes, caller_objects)
+    refuse_images(config, data.train)
     stage = Stage(templates(config.templates), config.seed, data.train, config.rollout.max_view_tokens)
     need_context(method, data.full, stage, notes)
     need_groups(config, len(data.train))
@@ -250,7 +254,8 @@ def run_method(config: Config, method: Method | None) -> Method:
     record, several_teach = config.record, bool(config.teachers.models)
     method = method or registry.load(**config.method)
     method = watching(method, record.overlap, record.overlap_every, several=several_teach)
-    if (config.rollout.engine == "vllm" or config.rollout.staleness) and config.rollout.correction == "truncated":
+    corrects = config.rollout.correction == "truncated"
+    if corrects and (config.rollout.engine == "vllm" or generates_older_tokens(config)):
         method = corrected_for_engine(method)
     cold = config.cold_start
     if not cold.steps:
@@ -323,6 +328,7 @@ def _parties(
         whole=student.whole if other is None else other.ready,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
         shown=local["student"].shown,
+        partial=partial_of(config),
     )
     start = student.digest() if own is not None and own.from_start else None
     return Prepared(

@@ -6,7 +6,25 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.methods._engine import on_policy_only, uncorrected
-from retort.ranks import here
+
+
+def generates_older_tokens(config: Config) -> bool:
+    """Whether a batch may hold tokens that an older student generated."""
+    return config.rollout.staleness > 0 or config.rollout.partial == "resume"
+
+
+def refusal(config: Config, method: Method) -> str | None:
+    """Why the estimator of a method forbids tokens of an older student; None where it does not.
+
+    Args:
+        config: The resolved configuration.
+        method: The method, without what comes before it.
+    """
+    reason = on_policy_only(method)
+    if reason is None and config.rollout.correction == "none":
+        term = uncorrected(method)
+        reason = term and f"its term '{term}' is a policy gradient, and rollout.correction=none does not weigh it"
+    return reason
 
 
 def check_staleness(config: Config, method: Method) -> None:
@@ -22,8 +40,6 @@ def check_staleness(config: Config, method: Method) -> None:
     staleness = config.rollout.staleness
     if not staleness:
         return
-    if here().size > 1:
-        raise UserError(f"rollout.staleness={staleness} is not offered on several ranks; start one, or set it to 0")
     engine = config.rollout.engine
     if engine != "vllm" and not config.rollout.workers:
         raise UserError(
@@ -32,10 +48,7 @@ def check_staleness(config: Config, method: Method) -> None:
             "rollout.staleness=0"
         )
     for phase in [method] if method.before is None else [method.before[1], method]:
-        reason = on_policy_only(phase) or _unordered(phase, first=method.before is None)
-        if reason is None and config.rollout.correction == "none":
-            term = uncorrected(phase)
-            reason = term and f"its term '{term}' is a policy gradient, and rollout.correction=none does not weigh it"
+        reason = refusal(config, phase) or _unordered(phase, first=method.before is None)
         if reason is not None:
             raise UserError(
                 f"method '{phase.name}' cannot learn from batches that were written ahead "

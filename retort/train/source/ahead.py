@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -19,13 +21,38 @@ from retort.errors import RetortError
 from retort.method import Method
 from retort.rollout.engines.base import FollowingEngine
 from retort.rollout.plan import RolloutPlan
+from retort.train.source.ages import token_ages
 from retort.train.source.source import Source
+from retort.train.source.unended import Unended
 from retort.train.source.waiting_batches import WaitingBatch, stored, unstored
 
 #: Seconds that the end of a run waits for the thread, once the engine is closed.
 _PATIENCE = 60.0
-#: Has teachers score a batch of a step: what they say, or why they do not; nothing where they are asked later.
-Score = Callable[[Method, int, Sequence[Group]], Mapping[str, TeacherSignal] | RetortError]
+
+
+class Answers(AbstractContextManager["Answers"], Protocol):
+    """What teachers say of one batch; behind its block nobody is asked any more."""
+
+    @property
+    def seconds(self) -> float:
+        """How long they took."""
+        ...
+
+    def hear(self, group: Group) -> None:
+        """Takes a group that is written and graded, while others are not; it may have them asked about it."""
+        ...
+
+    def of(self, groups: Sequence[Group]) -> Mapping[str, TeacherSignal] | RetortError:
+        """What they say of the batch, or why they do not; nothing where they are asked when it is learnt from."""
+        ...
+
+
+class Asking(Protocol):
+    """Who has teachers asked before a batch is learnt from."""
+
+    def begin(self, method: Method, step: int) -> Answers:
+        """Begins the batch of a step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,7 @@ class Ahead:
     Attributes:
         version: Version of the weights that wrote the last batch that was taken.
         failed: As of `Source`, of that batch.
+        unended: As of `Source`, of that batch.
     """
 
     def __init__(
@@ -69,7 +97,7 @@ class Ahead:
         staleness: int,
         at: Callable[[int], tuple[Method, Clock]],
         steps: Callable[[], int],
-        score: Score = lambda method, step, groups: {},
+        teachers: Asking,
     ) -> None:
         """Begins without a thread.
 
@@ -79,11 +107,12 @@ class Ahead:
             staleness: Steps between the weights that write a batch and those that learn from it, at most.
             at: Gives method and clock of a step.
             steps: Gives the number of batches in the run.
-            score: Has teachers score a batch that is written.
+            teachers: Has teachers asked about what is written.
         """
-        self._score = score
+        self._teachers = teachers
+        self._lane = source.world.lane()
         self._source, self._engine, self._staleness, self._at, self._steps = source, engine, staleness, at, steps
-        self.version, self.failed = 0, tuple[str, ...]()
+        self.version, self.failed, self.unended = 0, tuple[str, ...](), Unended()
         self._given_up = 0
         self._changed = threading.Condition()
         self._own = threading.local()
@@ -138,23 +167,27 @@ class Ahead:
             there = replace(there, controller_outputs=clock.controller_outputs)
             self._ask(_Job(step, own, there, version, difficulty))
         self._taken = taken = self._take(clock.step)
-        self.version, self.failed, self._given_up = taken.version, taken.failed, self._given_up + taken.given_up
+        self.version, self.failed, self.unended = taken.version, taken.failed, taken.unended
+        self._given_up += taken.given_up
         self._times = {
             "time/sync": kept - began,
             "time/wait": time.perf_counter() - kept,
             "time/generate": taken.seconds,
             **({"time/teacher": taken.asking} if taken.signals else {}),
-            **_staleness(taken.groups, version),
+            **token_ages(taken.groups, version),
         }
         return taken.groups
 
     def scored(self) -> Mapping[str, TeacherSignal] | None:
-        """What the teachers said of the last batch that was taken, if they were asked when it was written.
+        """What the teachers say of the last batch that was taken; None where they are to be asked now.
 
         Raises:
             RetortError: Why they did not answer.
         """
-        found = None if self._taken is None else self._taken.signals
+        taken, found = self._taken, None if self._taken is None else self._taken.signals
+        if taken is not None and found is None:  # it comes from a checkpoint, which holds no signals
+            with self._teachers.begin(self._at(taken.step)[0], taken.step) as answers:
+                found = answers.of(taken.groups)
         if isinstance(found, RetortError):
             raise found
         return found or None
@@ -246,6 +279,10 @@ class Ahead:
 
     def _work(self) -> None:
         """What the thread does: it writes what is asked for, in order, until nothing is or something fails."""
+        with self._lane():
+            self._write()
+
+    def _write(self) -> None:
         while True:
             with self._changed:
                 if not self._queue:
@@ -270,15 +307,15 @@ class Ahead:
     def _written(self, job: _Job) -> WaitingBatch:
         source, self._own.step = self._source, job.step
         before = source.given_up
-        with self._busy:
-            began = time.perf_counter()
-            self._engine.update(job.version)
-            groups = source.rollouts(job.method, job.clock, job.version, job.difficulty)
-            seconds = time.perf_counter() - began
-        counted = source.given_up - before, tuple(source.failed), seconds
-        began = time.perf_counter()
-        signals = self._score(job.method, job.step, groups)
-        return WaitingBatch(job.step, job.version, groups, *counted, signals, time.perf_counter() - began)
+        with self._teachers.begin(job.method, job.step) as answers:
+            with self._busy:
+                began = time.perf_counter()
+                self._engine.update(job.version)
+                groups = source.rollouts(job.method, job.clock, job.version, job.difficulty, answers.hear)
+                seconds = time.perf_counter() - began
+            counted, unended = (source.given_up - before, tuple(source.failed), seconds), source.unended
+            signals = answers.of(groups)
+            return WaitingBatch(job.step, job.version, groups, *counted, signals, answers.seconds, unended=unended)
 
 
 class _Busy:
@@ -300,18 +337,3 @@ class _Busy:
         """Up to now."""
         since = self._since
         return self._done + (0.0 if since is None else time.perf_counter() - since)
-
-
-def _staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Optimizer steps between the writing and the learning of the student's tokens: mean, most, tokens by number."""
-    found = Counter[int]()
-    for rollout in (rollout for group in groups for rollout in group if rollout.source == "student"):
-        found[version - rollout.policy_version] += rollout.steps
-    total = found.total()
-    if not total:
-        return {}
-    return {
-        "staleness/mean": sum(age * count for age, count in found.items()) / total,
-        "staleness/max": max(found),
-        **{f"staleness/tokens/{age}": count for age, count in sorted(found.items())},
-    }

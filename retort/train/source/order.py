@@ -23,7 +23,12 @@ class Visit:
 
 def visits(prompts: Sequence[Prompt], *, seed: int, step: int, count: int) -> list[Visit]:
     """The prompts of a step: the data, shuffled anew in every epoch, cut into batches of `count`."""
-    return _through(prompts, lambda epoch: permutation(seed, "data", epoch, count=len(prompts)), step, count)
+    return visits_from(prompts, seed=seed, start=step * count, count=count)
+
+
+def visits_from(prompts: Sequence[Prompt], *, seed: int, start: int, count: int) -> list[Visit]:
+    """So many prompts of the same order, behind the first `start` of it."""
+    return _through(prompts, lambda epoch: permutation(seed, "data", epoch, count=len(prompts)), start, count)
 
 
 def easy_to_hard(
@@ -47,7 +52,7 @@ def easy_to_hard(
             shuffled = permutation(seed, "data", epoch, count=len(hard))
             return sorted(shuffled, key=lambda index: float(noisy[index]))
 
-        return _through(prompts, ranked, clock.done, count)
+        return _through(prompts, ranked, clock.done * count, count)
     if order.kind == "balanced":
         uniform_stream = uniforms(seed, "data", "balanced", clock.step, count=len(hard))
         # Drawing without replacement by odds w is taking the largest u^(1/w).
@@ -60,7 +65,7 @@ def easy_to_hard(
     return [Visit(prompts[open_[index]], clock.step) for index in chosen]
 
 
-def _through(prompts: Sequence[Prompt], order: Callable[[int], Sequence[int]], step: int, count: int) -> list[Visit]:
-    indices = [divmod(step * count + offset, len(prompts)) for offset in range(count)]
+def _through(prompts: Sequence[Prompt], order: Callable[[int], Sequence[int]], start: int, count: int) -> list[Visit]:
+    indices = [divmod(start + offset, len(prompts)) for offset in range(count)]
     orders = {epoch: order(epoch) for epoch in {epoch for epoch, _ in indices}}
     return [Visit(prompts[orders[epoch][index]], epoch) for epoch, index in indices]

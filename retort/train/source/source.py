@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from retort.align.chat import Renderer
-from retort.align.encode import Spelt, response_ids
 from retort.align.stops import StopTokens
 from retort.align.text import completion_text
 from retort.controllers import Probe
@@ -19,7 +19,7 @@ from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import RIGHT_FROM, Group, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.errors import RunError, UserError
+from retort.errors import RunError
 from retort.method import Method
 from retort.ranks import World, here
 from retort.rewards.base import Grader, graded
@@ -29,7 +29,11 @@ from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
 from retort.train.source.cache import RolloutCache, key
-from retort.train.source.order import Visit, easy_to_hard, visits
+from retort.train.source.finishing import OnGroup, finished, graded_for, without_failed
+from retort.train.source.order import Visit, easy_to_hard
+from retort.train.source.partial import Generation, Partial, Waited
+from retort.train.source.response import closed_ids, response_rollout
+from retort.train.source.unended import Unended
 from retort.train.storage.folder import TIMEOUTS
 from retort.train.storage.metrics import JsonLines
 
@@ -71,6 +75,7 @@ class Source:
         teacher_whole: The same for the teacher.
         shown: Gives a view's prompt as the student reads it, of a prompt, its visit and the tokens that a
             completion may have; None where there is no context.
+        partial: What becomes of the student's completions that do not end within a budget of tokens.
     """
 
     prompts: Sequence[Prompt]
@@ -94,6 +99,13 @@ class Source:
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     teacher_whole: Callable[[], AbstractContextManager[None]] = nullcontext
     shown: Callable[[View, Prompt, int, int], TokenSequence | None] | None = None
+    partial: Partial = field(default_factory=Waited)
+    _ages: dict[str, float] = field(default_factory=lambda: {}, init=False)
+
+    @property
+    def unended(self) -> Unended:
+        """What became of completions of the last batch that did not end within a budget of tokens."""
+        return self.partial.unended
 
     @property
     def given_up(self) -> int:
@@ -102,7 +114,12 @@ class Source:
         return 0 if grader is None else sum(self.world.each(lambda: grader.given_up))
 
     def rollouts(
-        self, method: Method, clock: Clock, version: int, difficulty: Mapping[str, float] | None = None
+        self,
+        method: Method,
+        clock: Clock,
+        version: int,
+        difficulty: Mapping[str, float] | None = None,
+        on_group: OnGroup | None = None,
     ) -> list[Group]:
         """Generates and grades the rollouts of a batch, by visit to a prompt.
 
@@ -111,6 +128,7 @@ class Source:
             clock: The position in the run.
             version: Number of optimizer steps that the student has taken.
             difficulty: Difficulty by prompt id, for plans that order by it.
+            on_group: Takes those of a visit that the student wrote as soon as they are graded, in any order.
 
         Raises:
             RunError: Nothing is left to learn from.
@@ -118,31 +136,35 @@ class Source:
         """
         plan, self.version = method.rollout, version
         if plan.order is None:
-            chosen = visits(self.prompts, seed=self.seed, step=clock.step, count=self.count)
+            chosen = self.partial.visits(self.prompts, seed=self.seed, step=clock.step, count=self.count)
         else:
             hard = difficulty or {}
             chosen = easy_to_hard(self.prompts, hard, plan.order, seed=self.seed, clock=clock, count=self.count)
         shared, longest = self._share(plan, clock, chosen), self.horizon(plan, clock)
         again = [rollout for visit in shared.replay for rollout in self._replayed(visit, clock, longest)]
         rollouts = [
-            *self._by_student(method, shared.student, longest, version, clock),
+            *self._by_student(method, shared.student, longest, clock, on_group),
             *self._by_teacher(method, shared.teacher, longest, clock),
             *again,
             *(self.response_rollout(visit.prompt, visit.epoch, longest) for visit in shared.dataset),
         ]
         if not rollouts:
-            raise RunError(
-                f"step {clock.step + 1}: the teacher ended none of its completions within {self.limit} tokens, "
-                "so there is nothing to learn; raise rollout.max_new_tokens"
+            problem = self.unended.problem or (
+                f"the teacher ended none of its completions within {self.limit} tokens, so there is nothing to learn; "
+                "raise rollout.max_new_tokens"
             )
-        return in_groups(self._without_failed(rollouts, clock))
+            raise RunError(f"step {clock.step + 1}: {problem}")
+        found, self.failed = without_failed(rollouts, clock)
+        groups = in_groups(found)
+        self._ages = self.partial.ages(groups, version)
+        return groups
 
     def scored(self) -> None:
         """Teachers are asked when a batch is learnt from."""
 
     def stages(self, times: Mapping[str, float]) -> dict[str, float]:
-        """The times of a step as they are: a batch is written while the step waits for it."""
-        return dict(times)
+        """The times of a step as they are, for it waits while its batch is written; and how old its tokens are."""
+        return {**times, **self._ages}
 
     def close(self) -> None:
         """Has started nothing that would not end by itself."""
@@ -184,29 +206,9 @@ class Source:
         Raises:
             UserError: The response spells a control token of the student, or holds an id that not all models have.
         """
-        assert prompt.response is not None  # checked by `prepare`
         context = self.render(prompt)
-        try:
-            ids = response_ids(context.ids, prompt.response, self.engine.tokenizer)
-        except Spelt as error:
-            raise UserError(
-                f"row '{prompt.id}': its response spells the control token {error.token!r}, which the student's "
-                "tokenizer cannot encode as ordinary text; take it out of the response, or drop the row"
-            ) from None
-        outside = [token for token in ids if token >= self.vocab]
-        if outside:
-            raise UserError(
-                f"row '{prompt.id}': its response holds token id {outside[0]}, which student and teacher do not share"
-            )
-        ids = [*ids, self.stops.primary]
-        return Rollout(
-            prompt=prompt,
-            sequences=(context.then(ids[:longest], decided=True),),
-            status=Status.COMPLETED if len(ids) <= longest else Status.TRUNCATED,
-            visit=epoch,
-            source="dataset",
-            text=prompt.response,
-        )
+        ids = closed_ids(prompt, context, self.engine.tokenizer, self.stops, self.vocab)
+        return response_rollout(prompt, epoch, longest, context, ids)
 
     def open(self, folder: Path, step: Callable[[], int]) -> None:
         """Keeps completions, and what its environment said too late, in a run's folder from now on.
@@ -225,9 +227,14 @@ class Source:
         self.episodes.waiting.timeouts.open(rows, self.late.append, step)
 
     def mark(self) -> Callable[[], None]:
-        """Returns a function that restores the present replay buffer."""
-        visits = tuple(self.cache.visits)
-        return lambda: self.cache.put(visits)
+        """Returns a function that restores the present replay buffer and open completions."""
+        visits, reopen = tuple(self.cache.visits), self.partial.mark()
+
+        def put_back() -> None:
+            self.cache.put(visits)
+            reopen()
+
+        return put_back
 
     def go_back(self, step: int) -> None:
         """Restores the teacher's completions of a step; what came too late is kept, also behind it."""
@@ -235,12 +242,13 @@ class Source:
         self.cache.go_back(self.prompts, self.render, step)
 
     def tensors(self) -> dict[str, Tensor]:
-        """State for a checkpoint: the replay buffer."""
-        return self.cache.tensors(self.prompts)
+        """State for a checkpoint: the replay buffer, and completions that go on in the next batch."""
+        return {**self.cache.tensors(self.prompts), **self.partial.tensors(self.prompts)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores `tensors`, and ignores those of other parts."""
         self.cache.restore(self.prompts, self.render, tensors)
+        self.partial.restore(tensors, self.prompts)
 
     def _share(self, plan: RolloutPlan, clock: Clock, chosen: Sequence[Visit]) -> _Shared:
         """Assigns visits to models by one uniform number per visit: a growing share only adds to the student's."""
@@ -263,7 +271,7 @@ class Source:
         return shared
 
     def _by_student(
-        self, method: Method, chosen: Sequence[Visit], longest: int, version: int, clock: Clock
+        self, method: Method, chosen: Sequence[Visit], longest: int, clock: Clock, on_group: OnGroup | None
     ) -> list[Rollout]:
         plan, tasks = method.rollout, list[Task]()
         setup = self.episodes.within(plan.curriculum, clock.done, self.seed)
@@ -272,17 +280,26 @@ class Source:
             for member in range(plan.samples):
                 uniform = UniformStream(self.seed, "rollouts", visit.epoch, visit.prompt.id, member)
                 tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
-        self.engine.update(version)
+        self.engine.update(self.version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
-        generated = self._divided(
-            tasks, lambda own: self._graded(method, self._own(plan, self._played(own, sampling, setup)))
+
+        def finish(own: list[Rollout], begins: bool) -> list[Rollout]:
+            return self._graded(method, self._own(plan, own), begins=begins)
+
+        generation = Generation(
+            self.engine,
+            self.seed,
+            sampling,
+            self._divided,
+            lambda own: finished(lambda each: self._played(own, sampling, setup, each), finish, on_group),
+            lambda own, budget: self._own(plan, self._played(own, budget, setup)),
+            lambda own: self._graded(method, own),
         )
+        generated = self.partial.generate(tasks, generation)
         if method.grading is not None:
             method.grading.check(generated)
         if plan.replay is not None:
-            size = plan.samples
-            groups = [tuple(generated[start : start + size]) for start in range(0, len(generated), size)]
-            self.cache.remember(groups, plan.replay.capacity)
+            self.cache.remember(in_groups(generated), plan.replay.capacity)
         return generated
 
     def _before(self, method: Method, visit: Visit, longest: int) -> TokenSequence:
@@ -302,29 +319,16 @@ class Source:
             for own in rollouts
         ]
 
-    def _divided(self, tasks: Sequence[Task], write: Callable[[Sequence[Task]], list[Rollout]]) -> list[Rollout]:
-        """What the student writes, by each rank its part of the visits, on all ranks in the order of the tasks."""
+    def _divided(self, tasks: Sequence[Any], write: Callable[[Sequence[Any]], list[Rollout]]) -> list[Rollout]:
+        """What comes of tasks or rollouts, by each rank its part of the visits, on all ranks in the order given."""
         with self.whole():
             return self.world.divide(tasks, write, key=lambda task: (task.prompt.id, task.visit))
 
-    def _played(self, tasks: Sequence[Task], sampling: Sampling, setup: EpisodeSetup | None = None) -> list[Rollout]:
+    def _played(
+        self, tasks: Sequence[Task], sampling: Sampling, setup: EpisodeSetup | None = None, on_visit: Any = None
+    ) -> list[Rollout]:
         """The student's completions of some tasks, with whoever replies to it: the run's environment by default."""
-        return run_episodes(self.engine, tasks, sampling, setup=setup or self.episodes)
-
-    def _without_failed(self, rollouts: Sequence[Rollout], clock: Clock) -> list[Rollout]:
-        """Leaves out episodes that ended in an error of their environment, and keeps what it said.
-
-        Raises:
-            RunError: All of them did.
-        """
-        found = [rollout for rollout in rollouts if rollout.status != Status.ERROR]
-        self.failed = [rollout.feedback for rollout in rollouts if rollout.status == Status.ERROR]
-        if not found:
-            raise RunError(
-                f"step {clock.step + 1}: every episode ended in an error of its environment, so there is nothing to "
-                f"learn; the first: {self.failed[0]}"
-            )
-        return found
+        return run_episodes(self.engine, tasks, sampling, setup=setup or self.episodes, on_visit=on_visit)
 
     def _replayed(self, visit: Visit, clock: Clock, longest: int) -> list[Rollout]:
         """An earlier visit from the replay buffer, instead of a new one to this prompt."""
@@ -364,7 +368,8 @@ class Source:
         room = self.limit if plan.keep or plan.attempts else longest
         found: dict[int, Rollout] = {}
         for attempt in range(plan.attempts or 1):
-            open_ = [index for index in range(len(wanted)) if index not in found or _unfinished(found[index])]
+            ended = {index for index, own in found.items() if own.status == Status.COMPLETED}
+            open_ = [index for index in range(len(wanted)) if index not in ended]
             tasks: list[Task] = []
             for visit, member in (wanted[index] for index in open_):
                 epoch = "kept" if plan.keep else visit.epoch
@@ -375,18 +380,9 @@ class Source:
             found.update(zip(open_, generated, strict=True))
         return self._graded(method, [found[index] for index in range(len(wanted))])
 
-    def _graded(self, method: Method, rollouts: list[Rollout]) -> list[Rollout]:
+    def _graded(self, method: Method, rollouts: list[Rollout], *, begins: bool = True) -> list[Rollout]:
         grader = self.grader if method.grading is None else self.rubric_grader
-        if grader is None:
-            return rollouts
-        found, wants = graded(grader, rollouts), method.needs_rewards
-        lacking = next((rollout for rollout in found if rollout.reward is None), None)
-        if wants is not None and lacking is not None:
-            raise UserError(
-                f"verifier '{grader.name}', row '{lacking.prompt.id}': it gave a completion no grade, and method "
-                f"'{method.name}' learns from rewards ({wants}); grade every one, or choose a method without rewards"
-            )
-        return found
+        return graded_for(method, grader, rollouts, begins=begins)
 
     def _cut(self, rollout: Rollout, longest: int) -> Rollout:
         """Cuts a rollout to the horizon."""
@@ -394,7 +390,3 @@ class Source:
             return rollout
         before, ids = rollout.prefix_ids, rollout.action_ids[:longest]
         return rollout.cut(longest, completion_text(self.engine.tokenizer, ids, prompt_ids=before))
-
-
-def _unfinished(rollout: Rollout) -> bool:
-    return rollout.status != Status.COMPLETED

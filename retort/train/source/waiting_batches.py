@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from retort.core.rollouts import Group, Outcome, Prompt, Rollout, Status, in_gro
 from retort.core.sequences import TokenSequence
 from retort.core.signals import TeacherSignal
 from retort.errors import RetortError, UserError
+from retort.train.source.unended import Unended
 
 _PREFIX = "waiting/"
 
@@ -32,6 +33,7 @@ class WaitingBatch:
         seconds: How long it took to write.
         signals: What teachers said of it by then, or why they did not; a checkpoint does not hold it.
         asking: How long they took, seconds.
+        unended: As of `Source`, of this batch.
     """
 
     step: int
@@ -42,15 +44,17 @@ class WaitingBatch:
     seconds: float = 0.0
     signals: Mapping[str, TeacherSignal] | RetortError | None = None
     asking: float = 0.0
+    unended: Unended = field(default_factory=Unended)
 
 
-def stored(batches: Sequence[WaitingBatch], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+def stored(batches: Sequence[WaitingBatch], prompts: Sequence[Prompt], prefix: str = _PREFIX) -> dict[str, Tensor]:
     """Batches as tensors; none without any.
 
     Args:
         batches: In order.
         prompts: The training prompts, of which only ids are kept. A conversation with which an environment began is
             kept whole.
+        prefix: What the names of the tensors begin with.
 
     Raises:
         UserError: A rollout holds an image, a sound or a video.
@@ -75,6 +79,7 @@ def stored(batches: Sequence[WaitingBatch], prompts: Sequence[Prompt]) -> dict[s
             "given_up": batch.given_up,
             "failed": batch.failed,
             "seconds": batch.seconds,
+            "unended": batch.unended.plain(),
             "rollouts": [_plain(rollout, known) for group in batch.groups for rollout in group],
         }
         for batch in batches
@@ -86,13 +91,13 @@ def stored(batches: Sequence[WaitingBatch], prompts: Sequence[Prompt]) -> dict[s
         "logp": torch.cat(logps) if logps else torch.zeros(0),
         "turns": torch.cat(turns) if turns else torch.zeros(0, dtype=torch.long),
     }
-    return {_PREFIX + name: value for name, value in found.items()}
+    return {prefix + name: value for name, value in found.items()}
 
 
-def unstored(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> list[WaitingBatch]:
+def unstored(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt], prefix: str = _PREFIX) -> list[WaitingBatch]:
     """The batches in tensors of a checkpoint, from which `stored` made some; those of other parts are ignored."""
-    own = {name.removeprefix(_PREFIX): x for name, x in tensors.items() if name.startswith(_PREFIX)}
-    if not own:
+    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    if "plain" not in own:
         return []
     known, plain = {prompt.id: prompt for prompt in prompts}, json.loads(bytes(own["plain"].tolist()))
     rows = [row for batch in plain for row in batch["rollouts"]]
@@ -108,6 +113,7 @@ def unstored(tensors: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> list[W
             batch["given_up"],
             tuple(batch["failed"]),
             batch["seconds"],
+            unended=Unended.restored(batch.get("unended", {})),
         )
         for batch in plain
     ]
@@ -123,6 +129,7 @@ def _plain(rollout: Rollout, known: Mapping[str, Prompt]) -> dict[str, Any]:
         "logp": rollout.engine_logp_A is not None,
         "turns": rollout.turn_A is not None,
         "version": rollout.policy_version,
+        "segments": rollout.segments,
         "member": rollout.member,
         "visit": rollout.visit,
         "status": str(rollout.status),
@@ -148,6 +155,7 @@ def _rollout(row: Mapping[str, Any], known: Mapping[str, Prompt], parts: Mapping
         turn_A=next(parts["turns"]).clone() if row["turns"] else None,
         engine_logp_A=next(parts["logp"]).clone() if row["logp"] else None,
         policy_version=row["version"],
+        segments=tuple((version, tokens) for version, tokens in row.get("segments", ())),
         member=row["member"],
         visit=row["visit"],
         status=Status(row["status"]),

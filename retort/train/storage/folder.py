@@ -40,6 +40,7 @@ FILES = (
     "report.html",
     "trust.json",
     "teacher_rollouts.jsonl",
+    "dropped.jsonl",
     "difficulty.jsonl",
     TIMEOUTS,
     "thumbnails",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -14,7 +14,6 @@ from retort.core.rollouts import Group
 from retort.core.signals import TeacherSignal
 from retort.method import Method
 from retort.ranks import Share, World
-from retort.train.teaching.teachers import Teachers
 
 #: What is asked, by view.
 Needs = Mapping[str, frozenset[Need]]
@@ -32,8 +31,23 @@ class Student(Protocol):
         ...
 
 
+class Scoring(Protocol):
+    """Who is asked: the teachers, or who asks them in another way."""
+
+    def score(
+        self,
+        method: Method,
+        groups: Sequence[Group],
+        needs: Needs,
+        student_ids: Callable[[int], Tensor],
+        student_entropy: Callable[[], Tensor] | None = None,
+    ) -> dict[str, TeacherSignal]:
+        """See `retort.train.teaching.teachers.Teachers.score`."""
+        ...
+
+
 def ask(
-    teachers: Teachers,
+    teachers: Scoring,
     method: Method,
     groups: Sequence[Group],
     needs: Needs,

@@ -49,6 +49,7 @@ def test_auto_chooses_by_this_table_and_says_why(name: str) -> None:
     found, said = choose(Student(images, parameters), vllm=vllm, ranks=ranks)
     assert found == engine
     assert why in said
+    assert choose(Student(images, parameters), vllm=vllm, ranks=ranks, cluster=True)[0] == "own"
     assert choose(Student(images, parameters), vllm=vllm, ranks=ranks, workers=2) == (
         "own",
         "rollout.workers run the own loop",

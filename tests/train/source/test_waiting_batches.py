@@ -14,6 +14,7 @@ from retort.core.messages import Message
 from retort.core.rollouts import Outcome, Prompt, Rollout, Status
 from retort.core.sequences import Media, TokenSequence
 from retort.errors import UserError
+from retort.train.source.unended import Unended
 from retort.train.source.waiting_batches import WaitingBatch, stored, unstored
 
 PROMPTS = [Prompt(f"row {n}", (Message("user", f"ask {n}"),), answer=str(n), privileged={"hint": "h"}) for n in (1, 2)]
@@ -29,7 +30,16 @@ def rollouts() -> list[Rollout]:
         Rollout(
             PROMPTS[0], one, engine_logp_A=torch.tensor([-0.1, -1e-7]), policy_version=7, visit=3, text="so", reward=0.1
         ),
-        Rollout(PROMPTS[0], one, member=1, visit=3, status=Status.TRUNCATED, source="dataset", text="é"),
+        Rollout(
+            PROMPTS[0],
+            one,
+            member=1,
+            visit=3,
+            status=Status.TRUNCATED,
+            source="dataset",
+            text="é",
+            segments=((3, 1), (5, 1)),
+        ),
         Rollout(
             BEGUN,
             (one, two),
@@ -56,7 +66,11 @@ def same(one: Any, two: Any) -> bool:
 
 def test_every_field_comes_back() -> None:
     a, b, c = rollouts()
-    batches = [WaitingBatch(4, 7, [(a, b), (c,)], 2, ("broke",), 1.5), WaitingBatch(5, 9, [(c,), (a,)])]
+    unended = (Unended.without([a], 2), Unended(going_on=3, awaiting_group=1))
+    batches = [
+        WaitingBatch(4, 7, [(a, b), (c,)], 2, ("broke",), 1.5, unended=unended[0]),
+        WaitingBatch(5, 9, [(c,), (a,)], unended=unended[1]),
+    ]
     tensors = {**stored(batches, PROMPTS), "replay/ids": torch.zeros(3)}
     back = unstored(tensors, PROMPTS)
     for old, new in zip(batches, back, strict=True):
