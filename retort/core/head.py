@@ -232,7 +232,7 @@ class Products:
         if first:
             self._sums[part] = self._new_sum(part, left.shape[0], right)
         pieces = self._sums[part]
-        for total, rows in zip(pieces, left.split(len(pieces[0])), strict=False):
+        for total, rows in zip(pieces, _cut(left, len(pieces[0])), strict=False):
             _accumulate(total[: len(rows)], rows, right, first=first)
 
     def _new_sum(self, part: int, rows: int, right: Tensor) -> list[Tensor]:
@@ -273,11 +273,16 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> N
             total.addmm_(left, right)
         return
     slab = max(1, SLAB_ELEMENTS // right.shape[1])
-    for into, rows in zip(total.split(slab), left.split(slab), strict=True):
+    for into, rows in zip(_cut(total, slab), _cut(left, slab), strict=True):
         if first:
             into.copy_(rows @ right)
         else:
             into += rows @ right
+
+
+def _cut(rows: Tensor, size: int) -> list[Tensor]:
+    """Views of neighbouring rows, `size` of them each but the last."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _joined(pieces: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -285,6 +290,6 @@ def _joined(pieces: list[Tensor], dtype: torch.dtype) -> Tensor:
     if len(pieces) == 1:
         return pieces.pop().to(dtype)
     whole = pieces[0].new_empty((sum(map(len, pieces)), *pieces[0].shape[1:]), dtype=dtype)
-    for into in whole.split(len(pieces[0])):
+    for into in _cut(whole, len(pieces[0])):
         into.copy_(pieces.pop(0))
     return whole
