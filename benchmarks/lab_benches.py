@@ -377,6 +377,8 @@ _LOOKERS: Mapping[str, Entry] = {
 SHAPES = Bench("lab-shapes", _SHAPES, 4, lambda: _LOOKERS)
 _TEACHER_BASE = {"teacher_base": "teacher_base"}
 _WEAK_PAIR = {"teacher": "weak", "teacher_minus": "weaker"}
+#: Both are worse than the student before a run.
+_WORSE_PAIR = {"teacher": "halfway", "teacher_minus": "weaker"}
 _BEYOND: Mapping[str, Entry] = {
     "opd": Entry("opd"),
     "eopd": Entry("eopd", {"top_k": 8}, "top-8 of 266 ids; the paper's top-16 is of 150,000"),
@@ -418,6 +420,18 @@ _BEYOND: Mapping[str, Entry] = {
     ),
     "lgr, threshold 1": Entry("lgr", {"top_k": 4, "entropy_threshold": 1.0}, "four ids, above an entropy of 1 nat"),
     "w2s_opd, alpha 0.3": Entry("w2s_opd", {"alpha": 0.3}, "likewise, a third of the difference", weaker=_WEAK_PAIR),
+    "w2s_opd, worse pair": Entry(
+        "w2s_opd",
+        {},
+        "a small model after 700 and after 500 steps; both are behind the student",
+        weaker=_WORSE_PAIR,
+    ),
+    "opd, worse teacher": Entry(
+        "opd",
+        {},
+        "its teacher is the better model of the pair of `w2s_opd, worse pair`",
+        weaker={"teacher": _WORSE_PAIR["teacher"]},
+    ),
 }
 #: The newer methods on the first bench's task; the variance of whole gradients is measured at every tenth batch.
 BEYOND = Bench(

@@ -10,10 +10,12 @@ from typing import Any
 
 import measure
 from lab_itself_page import between
-from lab_page import COLUMNS, LEGEND, WEAK, Rows, anchors, table
+from lab_page import COLUMNS, LEGEND, WEAK, Rows, anchors, spread, table
 
 #: Whom all others are compared with.
 CONTROLS = ("opd", "eopd")
+#: `w2s_opd` with a pair of which both are worse than the student, and `opd` from the better one of that pair alone.
+WORSE_PAIR, WORSE_TEACHER = "w2s_opd, worse pair", "opd, worse teacher"
 #: Curves of the noise of a gradient: title, and name among the metrics.
 NOISE = (
     ("at a token, exact", "gradient_variance"),
@@ -52,10 +54,11 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
         INTRO + measure.in_words(measure.machine("cpu", 1)).replace(", load", "; load") + ".",
         anchors(rows),
         table(done, about, COLUMNS),
-        LEGEND.format(weak=weak) + "For `w2s_opd` the teacher is the better one of the weak pair.",
+        LEGEND.format(weak=weak) + "For `w2s_opd` the teacher is the better one of its pair.",
         *(["Settings other than a paper's defaults: " + " ".join(notes)] if notes else []),
         *([f"Without a finished run: {', '.join(missing)}."] if missing else []),
         *(part for control in CONTROLS for part in _against(control, done)),
+        *_worse_pair(done),
         "## Noise of the gradient",
         "Means over the batches at which it was measured (every tenth) and over seeds, nats squared. What a token adds "
         "is exact, in the space of logits; the last column is that of whole gradients, from their differences between "
@@ -94,6 +97,37 @@ def _difference(ours: Rows, theirs: Rows) -> list[Any]:
         of(lambda row: row["after"]["avg@8"]),
         of(lambda row: row["after"]["pass@8"]),
         of(lambda row: row["after"]["student_entropy"] / row["before"]["student_entropy"]),
+    ]
+
+
+def _worse_pair(done: Mapping[str, Rows]) -> list[str]:
+    """Whether a student learns from models that are all worse than it, under a heading."""
+    if WORSE_PAIR not in done or WORSE_TEACHER not in done:
+        return []
+    ours, theirs = done[WORSE_PAIR], done[WORSE_TEACHER]
+    numbers = ("avg@8", "pass@8")
+
+    def line(title: str, cells: Sequence[Mapping[str, float]], since: str = "–") -> list[str]:
+        return [title, *(spread([100 * own[key] for own in cells], 1) for key in numbers), since]
+
+    def gain(rows: Rows) -> str:
+        return between([100 * (row["after"]["avg@8"] - row["before"]["avg@8"]) for row in rows])
+
+    lines = [
+        line("student before", [row["before"] for row in ours]),
+        line("better model of the pair", [row["teacher"] for row in theirs if row["teacher"]]),
+        line("`opd` from that model", [row["after"] for row in theirs], gain(theirs)),
+        line("`w2s_opd`", [row["after"] for row in ours], gain(ours)),
+    ]
+    difference = ", ".join(f"{key} {cell}" for key, cell in zip(numbers, _difference(ours, theirs)[1:], strict=False))
+    return [
+        "## A pair that is worse than the student",
+        "`w2s_opd` claims that models which are all worse than the student teach it. Here both are: one small model, "
+        "trained for 700 steps and for 500 (`halfway` and `weaker` of `benchmarks/weaker_models.py`). A "
+        "reconstruction: the paper's pairs are language models before and after post-training. The control learns from "
+        "the better one.",
+        measure.markdown(["", "avg@8, %", "pass@8, %", "avg@8, points since before"], lines),
+        f"`w2s_opd` − its control within a seed, points: {difference}.",
     ]
 
 

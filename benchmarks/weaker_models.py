@@ -5,7 +5,8 @@
 `teacher_base` is the built-in teacher's own training (initial weights, data, shape), ended after a tenth of its steps:
 a model that shares with the teacher all that it has learnt before. `weak` and `weaker` are one small model, the second
 an early state of the first: a pair that differs by further training. `weak` is smaller than the student before a run,
-and solves more (48.8 % after 25.5): it is weak beside the teacher only.
+and solves more (48.8 % after 25.5): it is weak beside the teacher only. `halfway` lies between the two in steps, and
+below the student: with `weaker` it is a pair of which both are worse than the student.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ MODELS = {
         "The first weights, the data and the shape of the built-in teacher, with a tenth of its steps.",
     ),
     "weaker": Weaker(SMALL, build.Recipe(steps=500, bf16=False, seed=2), "A small model after few steps."),
+    "halfway": Weaker(
+        SMALL, build.Recipe(steps=700, bf16=False, seed=2), "The same small model after some more steps."
+    ),
     "weak": Weaker(SMALL, build.Recipe(steps=2000, bf16=False, seed=2), "The same small model after more steps."),
 }
 

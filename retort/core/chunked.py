@@ -117,19 +117,29 @@ class Pass:
         """Returns all values, and the gradients of a scalar with respect to hidden states and head."""
         chunks = self._chunks()
         products = self._products(needed, once=len(chunks) == 1)
+        held_NV = products.held(self.core.count, self.chunk)
         all_values: dict[str, Tensor] = {}
         hidden: dict[str, Tensor] = {}
-        for rows in chunks:
-            chunk = Chunk(self.core, rows, *products.forward(hidden_ND[rows]))
-            for span, values in chunk.backward(scalar):
-                _keep(all_values, values, span, self.core.count)
-                del values  # this also frees the block's graph, which holds the chunk's logits
-            gradient_CV = chunk.product_CV
-            del chunk  # and the teacher's logits with it, before a gradient of the head is made
+
+        def carry(gradient_CV: Tensor, rows: slice) -> None:
             of_hidden_CD = products.backward(gradient_CV, hidden_ND[rows])
             if of_hidden_CD is not None:
                 _keep(hidden, {"hidden": of_hidden_CD.to(hidden_ND.dtype)}, rows, self.core.count)
+
+        for rows in chunks:
+            target_CV = None if held_NV is None else held_NV[rows]
+            chunk = Chunk(self.core, rows, *products.forward(hidden_ND[rows]), target_CV)
+            for span, values in chunk.backward(scalar):
+                _keep(all_values, values, span, self.core.count)
+                del values  # this also frees the block's graph, which holds the chunk's logits
+            gradient_CV = chunk.gradient_CV
+            del chunk  # and the teacher's logits with it, before a gradient of the head is made
+            if held_NV is None:
+                carry(gradient_CV, rows)
             del gradient_CV  # before the next one is made
+        if held_NV is not None:
+            carry(held_NV, slice(0, self.core.count))
+            del held_NV
         of_hidden_ND = hidden.get("hidden")
         if of_hidden_ND is not None and self.core.head is not None:
             of_hidden_ND = self.core.head.shard.sum(of_hidden_ND)
@@ -146,12 +156,21 @@ class Pass:
 class Chunk:
     """A chunk's logits, cut into blocks."""
 
-    def __init__(self, core: Core, rows: slice, product_CV: Tensor, rest_CV: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        core: Core,
+        rows: slice,
+        product_CV: Tensor,
+        rest_CV: Tensor | None = None,
+        gradient_CV: Tensor | None = None,
+    ) -> None:
         """Takes the steps `rows` of a core, the product of their hidden states with the head, and its rounding error.
 
-        The product is `product_CV + rest_CV` where there is a rest (`Products.forward`).
+        The product is `product_CV + rest_CV` where there is a rest (`Products.forward`). Gradients of the logits go to
+        `gradient_CV`; None: they overwrite the product.
         """
         self.core, self.rows, self.product_CV, self.rest_CV = core, rows, product_CV, rest_CV
+        self.gradient_CV = product_CV if gradient_CV is None else gradient_CV
         self.steps = core.steps.select(rows)
         self.signals = {name: signal.precomputed(rows, core.vocab) for name, signal in core.signals.items()}
         self.begins_C = begins(self.signals.values())
@@ -170,15 +189,15 @@ class Chunk:
     def backward(
         self, scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
     ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Yields the same, and leaves the gradient of each block's scalar where its product was."""
+        """Yields the same, and leaves the gradient of each block's scalar in `gradient_CV`."""
         for cut in self.cuts:
             leaf_CV, values = self._evaluate(cut)
             with torch.enable_grad():
                 total = scalar(values, self._span(cut))
             if total is None or not total.requires_grad:
-                self.product_CV[cut] = 0.0
+                self.gradient_CV[cut] = 0.0
             else:
-                self.product_CV[cut] = torch.autograd.grad(total, leaf_CV)[0]
+                self.gradient_CV[cut] = torch.autograd.grad(total, leaf_CV)[0]
             yield self._span(cut), values
             del values, leaf_CV, total
 

@@ -119,7 +119,7 @@ class Distribution(Policy):
         """The same in float64, where the ids are all here: two are subtracted for a KL far smaller than either."""
         if self._kernels is not None:
             return self.normaliser_C
-        return self.shard.logsumexp(self._plain_CV) if self.shard.spread else self._softmax[0]
+        return self.shard.logsumexp(self._plain_CV) if self.shard.spread else self._exponentials[0]
 
     @cached_property
     def logp_CV(self) -> Tensor:
@@ -131,16 +131,17 @@ class Distribution(Policy):
         """Probabilities, detached."""
         if self.shard.spread or self._kernels is not None:
             return self.logp_CV.exp()
-        return self._softmax[1]
+        _, powers_CV, total_C1 = self._exponentials
+        return powers_CV.mul_(total_C1.reciprocal().to(powers_CV.dtype))  # nothing else reads the powers
 
     @cached_property
-    def _softmax(self) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp in float64, and probabilities: one exponential for both, and all passes but one in place."""
+    def _exponentials(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-sum-exp in float64, powers that are proportional to the probabilities, and their sums in float64."""
         top_C1 = self._plain_CV.amax(-1, keepdim=True)
         top_C1 = top_C1.masked_fill_(top_C1.isinf(), 0.0)
-        p_CV = (self._plain_CV - top_C1).mul_(_LOG2_E).exp2_()
-        total_C1 = p_CV.sum(-1, keepdim=True, dtype=torch.float64)
-        return (top_C1 + total_C1.log()).squeeze(-1), p_CV.mul_(total_C1.reciprocal().to(p_CV.dtype))
+        powers_CV = (self._plain_CV - top_C1).mul_(_LOG2_E).exp2_()
+        total_C1 = powers_CV.sum(-1, keepdim=True, dtype=torch.float64)
+        return (top_C1 + total_C1.log()).squeeze(-1), powers_CV, total_C1
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The `k` most likely ids [C, K] and their log-probs, nats, detached."""

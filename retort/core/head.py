@@ -15,6 +15,8 @@ from retort.core.distribution import WHOLE, Shard
 ONEDNN_ELEMENTS = 2**22
 #: Elements of a part's gradient that are added at once, where the products are narrower than their sum.
 SLAB_ELEMENTS = 2**22
+#: Elements of one piece of such a sum, 64 MiB in fp32. Allocators give pieces of that size back to the system.
+PIECE_ELEMENTS = 2**24
 
 
 def linear(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
@@ -156,7 +158,7 @@ class Products:
         self._once = once
         self._shapes = [None if part is None else (part.shape, part.dtype) for part in head.parts]
         self._vocab = vocab
-        self._sums: dict[int, Tensor] = {}
+        self._sums: dict[int, list[Tensor]] = {}
 
     def forward(self, hidden_CD: Tensor) -> tuple[Tensor, Tensor | None]:
         """The product [C, V], before the family's scale and soft-cap, and what is missing from it, if anything is.
@@ -177,6 +179,26 @@ class Products:
             rest_CV += self.bias_V
         self._adapt(rest_CV, hidden_CD)
         return product_CV, rest_CV
+
+    def held(self, steps: int, chunk: int) -> Tensor | None:
+        """Memory for the gradients of all logits [N, V], where that is cheaper than a sum over chunks; else None.
+
+        A head's gradient in fewer bits than fp32 is summed in fp32 over several chunks, and rounded in the end. Where
+        the gradients of all logits take no more memory than such a sum, and both together no more than it and a chunk,
+        one product makes it at once.
+
+        Args:
+            steps: N.
+            chunk: Steps of a chunk.
+        """
+        shape = self._shapes[0]
+        assert shape is not None
+        size, width = self.dtype.itemsize, shape[0][1]
+        room = min(4 * width, (4 - size) * width + 4 * chunk)  # bytes for each id
+        if not self.needed[1] or shape[1] != self.dtype or size >= 4 or steps <= chunk or steps * size > room:
+            return None
+        self._once = True
+        return torch.empty((steps, self._vocab), dtype=self.dtype, device=self.weight_VD.device)
 
     def _adapt(self, product_CV: Tensor, hidden_CD: Tensor) -> None:
         """Adds the adapter's part in place."""
@@ -206,45 +228,68 @@ class Products:
 
     def _add(self, part: int, left: Tensor, right: Tensor) -> None:
         """Adds the product of two matrices to the sum of a part, in fp32 or better if there are several chunks."""
-        rows = left.shape[0]
         first = part not in self._sums
         if first:
-            self._sums[part] = self._new_sum(part, rows, right)
-        total = self._sums[part][:rows]
-        if self.dtype == total.dtype:
-            if first:
-                torch.mm(left, right, out=total)
-            else:
-                total.addmm_(left, right)
-            return
-        slab = max(1, SLAB_ELEMENTS // right.shape[1])
-        for start in range(0, rows, slab):  # a product of the whole part would need half of its sum once more
-            found = left[start : start + slab] @ right
-            if first:
-                total[start : start + slab] = found
-            else:
-                total[start : start + slab] += found
+            self._sums[part] = self._new_sum(part, left.shape[0], right)
+        pieces = self._sums[part]
+        for total, rows in zip(pieces, _cut(left, len(pieces[0])), strict=False):
+            _accumulate(total[: len(rows)], rows, right, first=first)
 
-    def _new_sum(self, part: int, rows: int, right: Tensor) -> Tensor:
-        """Memory for a part's gradient; rows that no product reaches are 0."""
+    def _new_sum(self, part: int, rows: int, right: Tensor) -> list[Tensor]:
+        """Memory for a part's gradient, one piece if that is its dtype; rows that no product reaches are 0."""
         shape = self._shapes[part]
         assert shape is not None
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         if self._once and shape[1] == self.dtype:
             exact = self.dtype
-        total = torch.empty((shape[0][0], right.shape[1]), dtype=exact, device=right.device)
-        total[rows:].zero_()
-        return total
+        whole, width = shape[0][0], right.shape[1]
+        piece = whole if exact == shape[1] else max(1, PIECE_ELEMENTS // width)
+        sizes = [min(piece, whole - start) for start in range(0, whole, piece)]
+        pieces = [torch.empty((size, width), dtype=exact, device=right.device) for size in sizes]
+        for start, total in zip(range(0, whole, piece), pieces, strict=True):
+            total[max(0, rows - start) :].zero_()
+        return pieces
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Gradients of weight, bias, down and up, each in the dtype of its part; None where it is not needed."""
         found: list[Tensor | None] = []
         for part, shape in enumerate(self._shapes):
-            total = self._sums.pop(part, None)
+            pieces = self._sums.pop(part, None)
             if shape is None or not self.needed[part + 1]:
                 found.append(None)
-            elif total is None:  # there were no steps
+            elif pieces is None:  # there were no steps
                 found.append(torch.zeros(shape[0], dtype=shape[1], device=self.weight_VD.device))
             else:
-                found.append(total.to(shape[1]).reshape(shape[0]))
+                found.append(_joined(pieces, shape[1]).reshape(shape[0]))
         return tuple(found)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Adds a product to a sum, or writes it there. A whole product that is narrower would need half of the sum."""
+    if left.dtype == total.dtype:
+        if first:
+            torch.mm(left, right, out=total)
+        else:
+            total.addmm_(left, right)
+        return
+    slab = max(1, SLAB_ELEMENTS // right.shape[1])
+    for into, rows in zip(_cut(total, slab), _cut(left, slab), strict=True):
+        if first:
+            into.copy_(rows @ right)
+        else:
+            into += rows @ right
+
+
+def _cut(rows: Tensor, size: int) -> list[Tensor]:
+    """Views of neighbouring rows, `size` of them each but the last."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _joined(pieces: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Pieces as one tensor of a dtype; each is let go once it is copied, so that no sum stands beside its copy."""
+    if len(pieces) == 1:
+        return pieces.pop().to(dtype)
+    whole = pieces[0].new_empty((sum(map(len, pieces)), *pieces[0].shape[1:]), dtype=dtype)
+    for into in _cut(whole, len(pieces[0])):
+        into.copy_(pieces.pop(0))
+    return whole

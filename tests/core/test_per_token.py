@@ -273,6 +273,30 @@ def test_logits_of_bf16_are_not_rounded_before_the_softmax(
         assert float((mine - theirs).norm() / theirs.norm()) < of_gradients
 
 
+@pytest.mark.parametrize(("width", "held"), [(32, False), (256, True)], ids=["summed in pieces", "one product"])
+def test_a_head_in_bf16_over_several_chunks(width: int, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over three chunks, by a sum in fp32 or by one product of all steps."""
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", 100 * width)
+    monkeypatch.setattr(head, "SLAB_ELEMENTS", 30 * width)
+    found: list[bool] = []
+    plain = head.Products.held
+
+    def seen(self: head.Products, steps: int, chunk: int) -> Tensor | None:
+        memory_NV = plain(self, steps, chunk)
+        found.append(memory_NV is not None)
+        return memory_NV
+
+    monkeypatch.setattr(head.Products, "held", seen)
+    case = Case(300, 257, width, padded=3, dtype=torch.bfloat16)
+    _, gradients = case.definition()
+    hidden_ND, of_case, leaves = case.leaves(torch.bfloat16)
+    total, _ = loss_pass(case.core(of_case, every_value), hidden_ND, case.scalar, chunk=128)
+    mine, theirs = torch.autograd.grad(total, leaves)[1], gradients[1]
+    assert found == [held]
+    assert float((mine - theirs).norm() / theirs.norm()) < 3e-3  # two roundings of 1.7e-3 each
+    assert not mine[257:].any(), "padding gets none"
+
+
 def test_a_small_kl_of_bf16_logits() -> None:
     """A true KL of about 0.00125 must not drown in the rounding of a bf16 softmax."""
     draw = torch.Generator().manual_seed(0)
