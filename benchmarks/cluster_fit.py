@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster_model import Affine, Decode, Layout, Load, Stages, always
 from cluster_sim import simulate
-from cluster_stages import AHEAD, ONE, PLAN, TWO, Setting
+from cluster_stages import AHEAD, ONE, PLAN, TWO, WORKER, Setting
 
 #: The rows of one round, by the key of their setting.
 Rows = Mapping[str, Mapping[str, float]]
@@ -48,7 +48,8 @@ def line(stage: str, one: Mapping[str, float], other: Mapping[str, float]) -> Af
 
 def given(name: str, plan: Sequence[Setting] = (*PLAN, *AHEAD)) -> list[Setting]:
     """The runs of a deployment that the simulator is fed with, the smaller batch first."""
-    return sorted((one for one in plan if one.name == name and not one.predicted), key=lambda one: one.prompts)
+    own = (one for one in plan if one.name == name and not one.predicted and not one.staleness)
+    return sorted(own, key=lambda one: one.prompts)
 
 
 def fitted(rows: Rows, name: str) -> Stages:
@@ -83,6 +84,22 @@ def for_ranks(rows: Rows) -> Stages:
     return replace(stages, exchange=max(0.0, row["whole"] - seconds(small, stages, row)))
 
 
+def for_ahead(rows: Rows, plan: Sequence[Setting] = AHEAD) -> Stages:
+    """Those of a process that generates besides; the trainer hands out its weights while nobody waits for them."""
+    stages = fitted(rows, WORKER)
+    (small,) = (one for one in plan if one.staleness and not one.predicted)
+    keep = rows[small.key]["keep"]
+    decode = replace(stages.decode, start=max(0.0, stages.decode.start - keep))
+    return replace(stages, keep=keep, decode=decode)
+
+
+def stages_of(setting: Setting, rows: Rows) -> Stages:
+    """What a run that is predicted is made of."""
+    if setting.staleness:
+        return for_ahead(rows)
+    return for_ranks(rows) if setting.ranks > 1 else fitted(rows, setting.name)
+
+
 def compared(rounds: Sequence[Mapping[str, Any]], plan: Sequence[Setting] = (*PLAN, *AHEAD)) -> list[Compared]:
     """Every run that was left out of the fit: predicted from the other rows of the same round."""
     found = []
@@ -90,8 +107,7 @@ def compared(rounds: Sequence[Mapping[str, Any]], plan: Sequence[Setting] = (*PL
         own = [one for one in rounds if setting.key in one["runs"]]
         ours, true = [], []
         for rows in (one["runs"] for one in own):
-            stages = for_ranks(rows) if setting.ranks > 1 else fitted(rows, setting.name)
-            ours.append(seconds(setting, stages, rows[setting.key]))
+            ours.append(seconds(setting, stages_of(setting, rows), rows[setting.key]))
             true.append(rows[setting.key]["whole"])
         if own:
             found.append(Compared(setting, tuple(ours), tuple(true), tuple(one["load"] for one in own)))

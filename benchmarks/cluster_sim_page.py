@@ -24,9 +24,9 @@ teacher, environments. It is fed with the times of stages. Below they are measur
 to predict other runs there. Then they are computed for GPUs, from published rates and **assumptions**.
 
 ```sh
-python benchmarks/cluster_sim.py measure --rounds 3    # an hour on a busy machine
-python benchmarks/cluster_sim.py predict               # some minutes
-python benchmarks/cluster_sim.py page                  # needs matplotlib
+python benchmarks/cluster_sim.py measure --rounds 3 --ahead    # ten minutes on a machine of its own
+python benchmarks/cluster_sim.py predict                       # some minutes
+python benchmarks/cluster_sim.py page                          # needs matplotlib
 ```
 
 ## What is simulated
@@ -39,7 +39,7 @@ python benchmarks/cluster_sim.py page                  # needs matplotlib
   all processes then take new weights *together*. The other way, *each* when its part is written, is not offered by
   Retort.
 * A server of the teacher scores one request after another. In the predictions it is asked for a group (all completions
-  of a prompt) as soon as that is written; Retort today asks for a whole batch.
+  of a prompt) as soon as that is written, as Retort does for one rank with vLLM; with others it asks for a whole batch.
 * Not simulated: a batch that starts in the slots of the last one's long completions with older weights in them,
   processes that fail, networks that are shared, a decoder of many experts that generates.
 """
@@ -87,7 +87,7 @@ def _validated(found: Mapping[str, Any]) -> list[str]:
         "are made one after another; the simulator gets the median stage times of the small batches of that round, and "
         "predicts the large one, whose times it never sees. Ratios are predicted over measured: the median over "
         "rounds, and their range. Two ranks are predicted from one process; of their own small batch only what they "
-        "exchange is taken.",
+        "exchange is taken. Of a small run that writes ahead only what handing out the weights takes is fed.",
         measure.in_words(found["machine"]).replace(", load", "; load")
         + f". Load average after each round, from other work on the same two cores: {loads}.",
         measure.markdown(head, rows),
@@ -110,7 +110,13 @@ def _verdict(compared: Sequence[fit.Compared]) -> str:
         )
     return said + (
         "The stages of a run in one process only add up, so such rows check stage times; ranks and processes besides "
-        "check how one waits for another. Teachers that several runs share were not measured."
+        "check how one waits for another. Teachers that several runs share were not measured.\n\nEarlier tries on the "
+        "same day, on the same idle machine, missed: fed with batches of 8 and 32, for 64 and 96 prompts, the ratios "
+        "were 0.94, 0.82 and 0.82 (small batches fit into caches, so a token of a large one takes longer); fed with 32 "
+        "and 64, for 128 and 192, they were 0.96, 0.91, 0.86 and 0.82 once, and 0.94, 0.82, 0.82 and 0.83 another "
+        "time: a line through two points that differ by a tenth from run to run is off by three times that at twice "
+        "the distance. One process beside another that does the same took 1.08, 0.99 and 0.92 times as long, so what "
+        "two busy cores share was not to be seen."
     )
 
 
