@@ -11,6 +11,8 @@ import pytest
 from clustered import ROLLOUTS, Nodes, after_step, ended, ids, one_line, rows, until
 from engines.vllm import PYTHON
 
+from retort.rollout.engines.processes import lives
+
 pytestmark = pytest.mark.cluster
 
 #: Fewer steps than other tests make. Two CPUs for each rank, which these have, would be all.
@@ -49,10 +51,12 @@ def test_ranks_are_written_for_by_a_vllm_that_is_killed_with_its_worker(
     out = config.parent / "vllm"
     process = nodes.train(str(config), "--out", str(out), *WRITTEN, f"rollout.vllm_python={PYTHON}")
     after_step(1, out, process)
-    before = vllm_of(out)
-    assert before
+    groups = {os.getpgid(pid) for pid in vllm_of(out)}
+    assert groups
     os.kill(nodes.pids("ray::Worker")[0], signal.SIGKILL)
-    until(lambda: not set(before) & set(vllm_of(out)), process)
+    until(lambda: not any(map(lives, groups)), process)
+    until(lambda: vllm_of(out), process)
+    groups = {os.getpgid(pid) for pid in vllm_of(out)}
     printed = " ".join(ended(process).split())
     assert "worker 0 had ended, and was started again" in printed
     found = rows(out)
@@ -61,4 +65,4 @@ def test_ranks_are_written_for_by_a_vllm_that_is_killed_with_its_worker(
     assert ids(out) == ids(torchrun)[: STEPS * ROLLOUTS]
     written = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
     assert {row["policy_version"] for row in written} == set(range(STEPS))
-    until(lambda: not vllm_of(out) and not nodes.pids("ray::Worker"))
+    until(lambda: not any(map(lives, groups)) and not nodes.pids("ray::Worker"))

@@ -26,7 +26,7 @@ from retort.models.load import load_model
 from retort.models.lora import add_adapter
 from retort.rollout.engines import guard
 from retort.rollout.engines.base import Request, Sampling
-from retort.rollout.engines.processes import end, reason
+from retort.rollout.engines.processes import end, lives, reason, started
 from retort.rollout.engines.saved import save_weights, weights_of
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
 from retort.rollout.engines.vllm_server import vllm_of
@@ -225,6 +225,23 @@ def test_a_child_and_all_that_it_started_end_with_whoever_is_killed(killed: str)
         for pid in [sleeper, shell, between]:
             if not gone(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_a_guard_that_is_killed_takes_along_what_its_command_started(tmp_path: Path) -> None:
+    """As Ray does, which kills an actor's children with it; the system ends the command itself, and no more."""
+    child = "import time; print(1, flush=True); time.sleep(300)"
+    leader = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    log = tmp_path / "log"
+    process = started([sys.executable, "-c", leader], log, cwd=tmp_path, env=os.environ)
+    ends = time.monotonic() + 60
+    while log.read_text() != "1\n" and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert log.read_text() == "1\n"
+    process.kill()
+    process.communicate()
+    while lives(process.pid) and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert not lives(process.pid)
 
 
 def test_a_server_that_was_ended_has_no_process_any_more() -> None:

@@ -2,7 +2,7 @@
 
 The interpreter may be that of another environment, so nothing but the standard library is imported. It leads a session
 of its own. It ends with all its processes when its standard input is closed, when its parent is gone, or when the
-command is.
+command is. A child of its own ends them where it was killed itself, as Ray does with the children of an actor.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ def _until_orphaned(parent: int) -> None:
     _end()
 
 
+def _watched() -> None:
+    """Has a child of this process end all others once this one is gone without having done so."""
+    guard = os.getpid()
+    if not os.fork():
+        _until_orphaned(guard)
+
+
 def _with_this_process() -> None:
     """Has the system end the command when this process is killed, where the system can."""
     if sys.platform == "linux":
@@ -46,6 +53,7 @@ def _with_this_process() -> None:
 
 def main(parent: int, command: list[str]) -> None:
     """Runs the command until it, the parent, or the standard input ends."""
+    _watched()
     threading.Thread(target=_until_closed, daemon=True).start()
     threading.Thread(target=_until_orphaned, args=(parent,), daemon=True).start()
     # Its own threads are asleep in system calls here, so what runs between fork and exec finds no lock held.

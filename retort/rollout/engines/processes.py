@@ -84,14 +84,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     ends = time.monotonic() + _GOES
-    while _lives(process.pid) and time.monotonic() < ends:
+    while lives(process.pid) and time.monotonic() < ends:
         time.sleep(_LOOKS)
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()
 
 
-def _lives(group: int) -> bool:
+def lives(group: int) -> bool:
     """Whether a process of a group runs. One that has ended and that its parent has yet to notice does not."""
     try:
         os.killpg(group, 0)
