@@ -147,7 +147,7 @@ class RolloutSection(Section):
         default=None,
         ge=1,
         description="most tokens that a completion gets in one batch, where rollout.partial is drop or resume; less "
-        "than max_new_tokens",
+        "than max_new_tokens; null: as many as it needs, with wait",
     )
 
     @field_validator("date", mode="before")
