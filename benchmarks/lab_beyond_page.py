@@ -127,7 +127,9 @@ def _worse_pair(done: Mapping[str, Rows]) -> list[str]:
         "reconstruction: the paper's pairs are language models before and after post-training. The control learns from "
         "the better one.",
         measure.markdown(["", "avg@8, %", "pass@8, %", "avg@8, points since before"], lines),
-        f"`w2s_opd` − its control within a seed, points: {difference}.",
+        f"`w2s_opd` − its control within a seed, points: {difference}. The control harms the student, so this says "
+        "less than it seems. A lower temperature of sampling gives the untouched student as much avg@8, though not the "
+        "pass@8 ([notes](lab-notes.md)).",
     ]
 
 
