@@ -115,8 +115,9 @@ def _verdict(compared: Sequence[fit.Compared]) -> str:
         "were 0.94, 0.82 and 0.82 (small batches fit into caches, so a token of a large one takes longer); fed with 32 "
         "and 64, for 128 and 192, they were 0.96, 0.91, 0.86 and 0.82 once, and 0.94, 0.82, 0.82 and 0.83 another "
         "time: a line through two points that differ by a tenth from run to run is off by three times that at twice "
-        "the distance. One process beside another that does the same took 1.08, 0.99 and 0.92 times as long, so what "
-        "two busy cores share was not to be seen."
+        "the distance. One process with 64 prompts beside another that did the same took 1.08, 0.99 and 0.92 times as "
+        "long. With more for each of two ranks (160 prompts above, 96 and 48 in those tries) they fall further behind "
+        "what one process and an exchange would take: what busy cores share, caches and memory, is not simulated."
     )
 
 
