@@ -23,6 +23,7 @@ from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
 from retort.train.run import Run
 from retort.train.source.cache import RolloutCache
+from retort.train.source.partial import Waited
 from retort.train.source.source import Source
 
 
@@ -93,7 +94,7 @@ def test_a_verifier_that_fails_within_a_step_loses_no_step(tiny_run: dict[str, A
 
 def test_what_a_step_put_on_the_shelf_before_it_failed_is_not_saved() -> None:
     saved: list[Any] = []
-    control, source = Control([], 0), SimpleNamespace(cache=RolloutCache())
+    control, source = Control([], 0), SimpleNamespace(cache=RolloutCache(), partial=Waited())
     source.mark = lambda: Source.mark(source)  # type: ignore[arg-type]
     control.states["dial"] = {"number": 1}  # type: ignore[dict-item]
     source.cache.visits.append("old")
