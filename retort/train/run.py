@@ -130,7 +130,8 @@ class Run:
             self.observer.summary(self.output.summary(), self.prepared.notes)
             config = self.prepared.config
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
-            with contextlib.closing(tracker), contextlib.closing(self.prepared), self._interrupted:
+            # Signals last, for ranks that lost one are asked to end while they close and before they have said why.
+            with self._interrupted, contextlib.closing(tracker), contextlib.closing(self.prepared):
                 self._train(tracker)
             self._call("on_end")
         except KeyboardInterrupt:  # This is the second signal.
