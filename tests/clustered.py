@@ -179,6 +179,12 @@ def after_step(step: int, run: Path, process: subprocess.Popen[str]) -> None:
     until(lambda: any((run / "checkpoints").glob(f"step-{step}")), process)
 
 
+def after_next_step(run: Path, process: subprocess.Popen[str]) -> None:
+    """Waits until a run that was resumed has saved a step of its own: how many there are already depends on time."""
+    saved = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    after_step(saved + 1, run, process)
+
+
 def leader(run: Path) -> int:
     """The process of the first rank, which has the run's folder."""
     return int(json.loads((run / ".lock").read_text())["pid"])

@@ -15,6 +15,7 @@ from clustered import (
     ROLLOUTS,
     STEPS,
     Nodes,
+    after_next_step,
     after_step,
     alike,
     ended,
@@ -62,13 +63,13 @@ def test_a_run_that_is_told_to_stop_loses_a_rank_and_then_its_driver(
     assert not nodes.pids("ray::Rank")
 
     process = nodes.train("--resume", str(out), "cluster.retries=0")
-    after_step(3, out, process)
+    after_next_step(out, process)
     os.kill(nodes.pids("ray::Rank")[-1], signal.SIGKILL)
     told = one_line(process)
     assert "was killed or its machine is gone" in told and told.endswith(advice)
 
     process = nodes.train("--resume", str(out))
-    after_step(5, out, process)
+    after_next_step(out, process)
     process.kill()
     process.communicate()
     until(lambda: not nodes.pids("ray::Rank"))
@@ -108,7 +109,7 @@ def test_a_cluster_that_loses_a_node_for_good_and_then_its_head(nodes: Nodes, co
     assert "did not have room for the run within 1 seconds" in told and told.endswith(advice)
 
     process = nodes.train("--resume", str(out), "cluster.ranks=1")
-    after_step(3, out, process)
+    after_next_step(out, process)
     for name in ("gcs_server", "raylet"):
         for pid in nodes.pids(name):
             os.kill(pid, signal.SIGKILL)
