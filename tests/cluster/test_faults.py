@@ -70,6 +70,7 @@ def test_a_run_that_is_told_to_stop_loses_a_rank_and_then_its_driver(
 
     process = nodes.train("--resume", str(out))
     after_next_step(out, process)
+    after_step(5, out, process)
     process.kill()
     process.communicate()
     until(lambda: not nodes.pids("ray::Rank"))
